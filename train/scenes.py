@@ -1,0 +1,146 @@
+"""The whole way: from nothing to a model that sees and draws Scenes, by one command.
+
+unimm train train/scenes.py size=small out=runs/scenes      # 64 px; about an hour on 2 idle cores
+unimm train train/scenes.py size=quick out=runs/quick       # 32 px, a few minutes: does it work?
+
+Text tokenizer, pictures, image tokenizer, SigLIP encoder, codes, then stages 0 to 3. Each piece is
+made once; stopped at any moment, the same command goes on where it was. The result is OUT/model.
+Costs and figures by piece: train/README.md.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unimm.checkpoints.assemble import assemble
+from unimm.checkpoints.native import load_model, save_model
+from unimm.config import Run, load_recipe
+from unimm.data.scenes import WORLDS, prompt, sample_scene
+from unimm.data.sources import PictureStore
+from unimm.model.decoder import DecoderConfig
+from unimm.model.image_tokenizer import ImageTokenizer
+from unimm.model.unified import UnifiedConfig
+from unimm.model.vision import VisionConfig
+from unimm.training.trainer import train
+
+HERE = Path(__file__).parent
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": dict(
+        world="scenes",
+        pictures=100_000,
+        edits=40_000,
+        decoder=dict(dim=320, layers=8, heads=5, kv_heads=5, head_dim=64, hidden=896),
+        vision=dict(dim=192, layers=6, heads=6, hidden=768, patch_size=8),
+        steps=dict(image_tokenizer=2_400, siglip=1_000, stage0=600, stage1=300, stage2=3_000, stage3=1_500),
+        batch=dict(image_tokenizer=32, siglip=256, stage0=128, stage1=128, stage2=128, stage3=128),
+    ),
+    "quick": dict(
+        world="scenes-mini",
+        pictures=3_000,
+        edits=1_000,
+        decoder=dict(dim=128, layers=3, heads=2, kv_heads=2, head_dim=64, hidden=256),
+        vision=dict(dim=64, layers=2, heads=2, hidden=128, patch_size=8),
+        steps=dict(image_tokenizer=200, siglip=60, stage0=40, stage1=40, stage2=150, stage3=60),
+        batch=dict(image_tokenizer=32, siglip=64, stage0=32, stage1=32, stage2=32, stage3=32),
+    ),
+}  # fmt: skip
+
+
+def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: float = 1.0) -> str:
+    """Make everything that is not there yet; `steps` scales the number of steps of all pieces."""
+    if size not in SIZES:
+        raise ValueError(f"size is one of {', '.join(SIZES)}, not {size!r}")
+    plan, root = SIZES[size], Path(out)
+    world = WORLDS[plan["world"]]
+    pixels = world.image_size
+    store, edits = root / "pictures", root / "edits"
+
+    def run(name: str, recipe: str, **changes: Any) -> Path:
+        """The recipe's run with this size's numbers, into OUT/name."""
+        config: Run = load_recipe(HERE / recipe).config
+        options = {**config.options, **changes.pop("options", {})}
+        return train(
+            dataclasses.replace(
+                config,
+                out=str(root / name),
+                data=_placed(config.data, store, edits, world.name),
+                steps=max(2, round(plan["steps"][name] * steps)),
+                batch_size=plan["batch"][name],
+                seed=seed,
+                options=options,
+                **changes,
+            )
+        )
+
+    text = load_recipe(HERE.parent / "tokenizers/train_text.py")
+    words = text.main(str(root / "text"), lines=20_000, world=world.name, seed=seed)
+    pictures = PictureStore.build(store, world.name, plan["pictures"], seed)
+    changed = PictureStore.build(edits, world.name, plan["edits"], seed, edited=True)
+    vision = VisionConfig(image_size=pixels, **plan["vision"])
+    codebook = run("image_tokenizer", "../tokenizers/train_image.py", options={"image_size": pixels})
+    seeing = run(
+        "siglip",
+        "siglip.py",
+        options={"text_tokenizer": words, "vision": dataclasses.asdict(vision)},
+    )
+    encode = encoder(codebook)
+    pictures.add_codes(encode)
+    changed.add_codes(encode)
+    config = UnifiedConfig(
+        decoder=DecoderConfig(
+            vocab_size=0, rope_theta=10_000.0, norm_eps=1e-6, max_positions=768, qk_norm=True,
+            **plan["decoder"],
+        ),
+        vision=vision,
+        connector="mlp",
+        codebook_size=0,
+        code_dim=8,
+        image_head_dim=plan["decoder"]["dim"],
+    )  # fmt: skip
+    pieces = root / "pieces"
+    if not (pieces / "config.json").exists():
+        assemble(
+            pieces, config, words, codebook, seeing / "vision.safetensors", pixels,
+            {"guidance": 2.0, "edit_guidance": 1.0}, seed,
+        )  # fmt: skip
+    shown = {"prompts": preview_prompts(world.name, 32)}
+    stage0 = run("stage0", "stage0_text.py", init=str(pieces))
+    stage1 = run("stage1", "stage1_align.py", init=str(stage0), options=shown)
+    stage2 = run("stage2", "stage2_pretrain.py", init=str(stage1), options=shown)
+    stage3 = run("stage3", "stage3_sft.py", init=str(stage2), options=shown)
+    save_model(root / "model", *load_model(stage3), dtype=torch.bfloat16)
+    return str(root / "model")
+
+
+def encoder(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 pictures (n, H, W, 3) -> codes (n, k) by the image tokenizer in `folder`."""
+    tokenizer = ImageTokenizer.load(folder)
+
+    @torch.inference_mode()
+    def encode(pictures: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return tokenizer.encode(pixels).numpy()
+
+    return encode
+
+
+def preview_prompts(world: str, count: int) -> list[str]:
+    """Prompts of the train split, always the same."""
+    generators = [np.random.default_rng((99, k)) for k in range(count)]
+    return [prompt(sample_scene(WORLDS[world], rng), rng) for rng in generators]
+
+
+def _placed(data: dict[str, Any], store: Path, edits: Path, world: str) -> dict[str, Any]:
+    """The sources of a recipe with this run's folders and world."""
+    places = {"runs/store": str(store), "runs/edits": str(edits), "scenes": world}
+    return {
+        name: dataclasses.replace(
+            source, options={key: places.get(v, v) for key, v in source.options.items()}
+        )
+        for name, source in data.items()
+    }

@@ -1,0 +1,1 @@
+"""Models on disk: the native format, and key maps to other people's."""

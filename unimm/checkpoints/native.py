@@ -1,0 +1,127 @@
+"""unimm's own format: a folder with config.json, model.safetensors and the two tokenizers.
+
+    config.json                 what the model is, the processor's settings, sampling defaults
+    model.safetensors           the weights of the unified model
+    image_tokenizer.*           the image tokenizer's configuration and weights
+    tokenizer.json              the text tokenizer, as Hugging Face tokenizers writes it
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from unimm.data.processor import Processor, Template, load_tokenizer
+from unimm.model.image_tokenizer import ImageTokenizer
+from unimm.model.unified import UnifiedConfig, UnifiedModel
+
+FORMAT = "unimm-1"
+
+
+def save_model(
+    folder: str | Path,
+    model: UnifiedModel,
+    processor: Processor,
+    sampling: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder; each file appears whole. `dtype`: of the stored weights."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:  # a tied head
+            continue
+        seen.add(tensor.data_ptr())
+        state[name] = tensor.detach().to("cpu", dtype).contiguous()
+    _write(folder / "model.safetensors", lambda path: save_file(state, path))
+    if processor.image_tokenizer is not None:
+        processor.image_tokenizer.save(folder, dtype)  # type: ignore[operator]
+    _write(folder / "tokenizer.json", lambda path: processor.tokenizer.save(str(path)))
+    config = {
+        "format": FORMAT,
+        "model": model.config.to_dict(),
+        "processor": processor.settings(),
+        "sampling": sampling or {},
+    }
+    _write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+
+
+def load_model(folder: str | Path) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
+    """Model (float32, on the CPU), processor and sampling defaults of a native folder.
+
+    Raises ValueError, in one line, for a folder that is missing, incomplete or damaged.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = UnifiedModel(UnifiedConfig.from_dict(config["model"]))
+        settings = dict(config["processor"])
+        template = Template(**settings.pop("template"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} does not describe a model: {error}") from None
+    load_weights(model, folder / "model.safetensors")
+    image_tokenizer = None
+    if (folder / "image_tokenizer.json").exists():
+        image_tokenizer = ImageTokenizer.load(folder).eval()
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = load_tokenizer(path)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} cannot be read as a text tokenizer: {error}") from None
+    processor = Processor(tokenizer, image_tokenizer, template, **settings)
+    return model.eval(), processor, config.get("sampling", {})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a native folder, checked to be one."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"no such model folder: {folder}")
+    if not path.exists():
+        raise ValueError(f"{folder} holds no config.json, so it is not a model folder")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path} is not in the format {FORMAT}")
+    return config
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Put the tensors of a safetensors file in place of `model`'s own, as float32."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: the model folder is incomplete")
+    try:
+        state = {name: t.float() for name, t in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from None
+    expected = {name: t.shape for name, t in model.state_dict().items()}
+    if "text_head.weight" not in state and "decoder.embed_tokens.weight" in state:
+        state["text_head.weight"] = state["decoder.embed_tokens.weight"]
+    for name, shape in expected.items():
+        if name not in state:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if state[name].shape != shape:
+            found = tuple(state[name].shape)
+            raise ValueError(f"{path}: {name} has shape {found}, and {tuple(shape)} is expected")
+    extra = sorted(set(state) - set(expected))
+    if extra:
+        raise ValueError(f"{path} holds tensors that the model has no place for: {extra[0]}, …")
+    model.load_state_dict(state, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def _write(path: Path, write: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+

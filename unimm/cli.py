@@ -1,0 +1,249 @@
+"""The `unimm` command: a thin layer over the library's calls.
+
+What a user can get wrong ends in one line on standard error and exit status 2, with nothing
+written.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+LONGEST = 1000  # characters of an error line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    return guarded(lambda: dispatch(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """`run()`, with the errors that a user can make turned into one line and status 2."""
+    try:
+        run()
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"unimm: {' '.join(str(error).split())[:LONGEST]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unimm: stopped", file=sys.stderr)
+        return 130
+
+
+def dispatch(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
+    args.run(args)
+
+
+def generate(args: argparse.Namespace) -> None:
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    if args.n < 1:
+        raise ValueError("-n must be 1 or more")
+    prompts = [args.prompt] if args.prompts is None else read_lines(args.prompts)
+    out = Path(args.out)
+    one_file = args.prompts is None and args.n == 1
+    check_writable(out, folder=not one_file)
+    model = load(args)
+    images = model.generate(prompts, args.n, **sampling(args))
+    for k, image in enumerate(images):
+        path = out if one_file else out / f"{k // args.n:04d}-{k % args.n}.png"
+        save_image(image, path)
+    print(out if one_file else f"{len(images)} pictures in {out}")
+
+
+def caption(args: argparse.Namespace) -> None:
+    from unimm.data.images import open_image
+
+    pictures = [open_image(path) for path in args.images]  # all are checked before any is shown
+    model = load(args)
+    for picture in pictures:
+        print(model.caption(picture))
+
+
+def ask(args: argparse.Namespace) -> None:
+    from unimm.data.images import open_image
+    from unimm.pipeline import checked_text
+
+    picture, question = open_image(args.image), checked_text(args.question, "question")
+    print(load(args).ask(picture, question))
+
+
+def edit(args: argparse.Namespace) -> None:
+    from unimm.data.images import open_image
+
+    picture = open_image(args.image)
+    check_writable(Path(args.out), folder=False)
+    image = load(args).edit(picture, args.instruction, **sampling(args))
+    save_image(image, Path(args.out))
+    print(args.out)
+
+
+def train(args: argparse.Namespace) -> None:
+    from unimm.config import load_recipe, override, run_main
+    from unimm.training.trainer import train as train_run
+
+    recipe = load_recipe(args.recipe)
+    if hasattr(recipe, "main"):
+        print(run_main(recipe.main, args.words))
+    elif hasattr(recipe, "config"):
+        print(train_run(override(recipe.config, args.words)))
+    else:
+        raise ValueError(f"{args.recipe} is not a recipe: it has neither `config` nor `main`")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from unimm.evaluation import BENCHMARKS
+
+    if args.benchmark not in BENCHMARKS:
+        names = ", ".join(BENCHMARKS)
+        raise ValueError(f"no benchmark {args.benchmark!r}: choose one of {names}")
+    if args.n is not None and args.n < 1:
+        raise ValueError("--n must be 1 or more")
+    if args.json:
+        check_writable(Path(args.json), folder=False)
+    options = {} if args.n is None else {"n": args.n}
+    result = BENCHMARKS[args.benchmark]()(load(args), seeds=args.seeds, **options)
+    text = json.dumps(result, indent=1)
+    if args.json:
+        write_whole(Path(args.json), lambda path: path.write_text(text + "\n"))
+    print(text)
+
+
+def demo(args: argparse.Namespace) -> None:
+    from unimm.app import launch
+
+    launch(load(args), args.host, args.port)
+
+
+def info(args: argparse.Namespace) -> None:
+    from unimm.checkpoints.native import describe
+
+    print(describe(args.model))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="unimm", description="One small model that sees pictures and draws them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("generate", generate, "draw pictures")
+    p.add_argument("prompt", nargs="?", help="what to draw")
+    p.add_argument("--prompts", metavar="FILE", help="draw one prompt a line of FILE")
+    p.add_argument("-o", "--out", default="out.png", help="a .png, or a folder for several")
+    p.add_argument("-n", type=int, default=1, help="pictures of each prompt")
+    add_sampling(p)
+    add_model(p)
+    p = command("caption", caption, "say what is in pictures, one line each")
+    p.add_argument("images", nargs="+", metavar="IMAGE")
+    add_model(p)
+    p = command("ask", ask, "answer a question about a picture")
+    p.add_argument("image", metavar="IMAGE")
+    p.add_argument("question")
+    add_model(p)
+    p = command("edit", edit, "change a picture")
+    p.add_argument("image", metavar="IMAGE")
+    p.add_argument("instruction", help='for instance "make the star blue"')
+    p.add_argument("-o", "--out", default="out.png")
+    add_sampling(p)
+    add_model(p)
+    p = command("train", train, "train as a recipe says")
+    p.add_argument("recipe", metavar="RECIPE.py")
+    p.add_argument("words", nargs="*", metavar="key=value", help="what to change in the recipe")
+    p = command("eval", evaluate, "run a benchmark")
+    p.add_argument("benchmark", help="scenes")
+    p.add_argument("--n", type=int, help="pictures a split to draw, and as many to ask about")
+    p.add_argument("--seeds", type=int, default=1, help="how many seeds")
+    p.add_argument("--json", metavar="FILE", help="write the result there too")
+    add_model(p)
+    p = command("demo", demo, "open the demo in a browser")
+    p.add_argument("--host", default="127.0.0.1")
+    p.add_argument("--port", type=int, default=7860)
+    add_model(p)
+    p = command("info", info, "say what a model is")
+    p.add_argument("model", nargs="?", metavar="MODEL")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a model folder; the bundled one if absent")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, help="1 for none")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("seed", "guidance", "temperature", "top_k", "top_p")
+    return {name: getattr(args, name) for name in names}
+
+
+def load(args: argparse.Namespace) -> Any:
+    from unimm.pipeline import UniMM
+
+    return UniMM.from_pretrained(args.model, args.device)
+
+
+def read_lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no prompt")
+    return lines
+
+
+def check_writable(path: Path, folder: bool) -> None:
+    """Find out before any work that the output has a place to go."""
+    if folder:
+        path.mkdir(parents=True, exist_ok=True)
+    elif path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    parent = path if folder else path.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"no such folder: {parent}")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} cannot be written to")
+    if not folder and path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".json"):
+        raise ValueError(f"{path}: name an output that ends in .png, .jpg or .webp")
+
+
+def save_image(image: Any, path: Path) -> None:
+    form = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG")
+    write_whole(path, lambda part: image.save(part, format=form))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name, then rename: never a half-written file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong word ends in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

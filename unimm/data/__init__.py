@@ -1,0 +1,1 @@
+"""From messages to batches: the processor, the Scenes world, sources and their mixture."""

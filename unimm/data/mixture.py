@@ -1,0 +1,99 @@
+"""Several sources as one stream of samples, in exact proportions.
+
+Which source gives the n-th sample follows from the weights alone (the source that is furthest
+behind its share), so a run that resumes, or runs on several ranks, sees the same stream.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Mixture:
+    """Draws samples from named sources.
+
+    sources: name -> object with `[i]`. weights: name -> share (need not sum to 1).
+    prepare(item, rng): what turns an item into a sample, with a generator that depends on
+    (seed, position in the stream) alone.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Any],
+        weights: dict[str, float],
+        seed: int = 0,
+        prepare: Callable[[Any, np.random.Generator], Any] | None = None,
+    ):
+        active = [name for name in sources if weights[name] > 0]
+        if not active or min(weights.values()) < 0:
+            raise ValueError("a mixture needs at least one positive weight and no negative one")
+        total = sum(weights[name] for name in active)
+        self.shares = {name: weights[name] / total for name in active}
+        self.taken = dict.fromkeys(active, 0)
+        self.position = 0
+        self.sources, self.seed, self.prepare = sources, seed, prepare
+
+    def next_name(self) -> tuple[str, int]:
+        """The source of the next sample and its index there; moves the cursor on."""
+        self.position += 1
+        name = max(self.shares, key=lambda n: self.shares[n] * self.position - self.taken[n])
+        self.taken[name] += 1
+        return name, self.taken[name] - 1
+
+    def skip(self, samples: int) -> None:
+        """Go to where an undisturbed run is after so many samples; nothing is read."""
+        for _ in range(samples):
+            self.next_name()
+
+    def take(self, count: int, rank: int = 0, ranks: int = 1) -> list[Any]:
+        """This rank's part of the next `count` samples of the global stream."""
+        mine = []
+        for offset in range(count):
+            position = self.position
+            name, index = self.next_name()
+            if offset % ranks == rank:
+                item = self.sources[name][index]
+                if self.prepare is not None:
+                    item = self.prepare(item, np.random.default_rng((self.seed, position)))
+                mine.append(item)
+        return mine
+
+
+def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Iterator[Any]:
+    """`count` results of `make()`, made ahead in a thread, in order; its errors are raised here."""
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def work() -> None:
+        for _ in range(count):
+            try:
+                entry = (make(), None)
+            except BaseException as error:
+                entry = (None, error)
+            while not stop.is_set():
+                try:
+                    ready.put(entry, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if stop.is_set() or entry[1] is not None:
+                return
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in range(count):
+            result, error = ready.get()
+            if error is not None:
+                raise error
+            yield result
+    finally:
+        stop.set()
+
+
+def pieces(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """`items` cut into `count` runs whose lengths differ by at most one."""
+    edges = [round(i * len(items) / count) for i in range(count + 1)]
+    return [items[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]

@@ -1,0 +1,324 @@
+"""Messages become slots here: the template, the image transforms and the unguided prompt.
+
+An image in a user turn is seen (patches), one in an assistant turn is drawn (codes); `"view"` on
+the image says otherwise. Training and inference both come through `Processor.encode`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unimm.data.images import open_image
+from unimm.model.image_tokenizer import ImageTokenizer
+from unimm.model.unified import CODE, PATCH, TEXT, Batch, SeenImage
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Template:
+    """Ids of the special tokens. They are not words of the text tokenizer, so no text holds them."""
+
+    bos: int
+    pad: int
+    user: int
+    assistant: int
+    end_of_turn: int
+    begin_image: int
+    end_image: int
+
+    @classmethod
+    def after(cls, words: int) -> "Template":
+        """The native template: the seven ids behind `words` text ids."""
+        return cls(*range(words, words + 7))
+
+
+@dataclass
+class Sample:
+    """One conversation as slots; arrays of length T.
+
+    `user_text` marks the slots that the unguided prompt replaces by pad. `images` are the seen
+    pictures with the slots that their patches fill.
+    """
+
+    ids: np.ndarray  # int64
+    kind: np.ndarray  # int64
+    score: np.ndarray  # float32
+    user_text: np.ndarray  # bool
+    images: list[SeenImage] = field(default_factory=list)
+    draws: bool = False  # the last assistant turn holds, or begins, a drawn image
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Processor:
+    """Turns messages into samples and samples into batches.
+
+    tokenizer: a `tokenizers.Tokenizer` for text. image_tokenizer: makes the codes of drawn images.
+    seen_size: side of a seen picture in pixels; seen_tokens: patches that it gives (0: the model
+    has no encoder and sees codes). drawn_size: side of a drawn picture.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_tokenizer: ImageTokenizer | None,
+        template: Template,
+        seen_size: int,
+        seen_tokens: int,
+        drawn_size: int,
+        max_length: int,
+    ):
+        self.tokenizer, self.image_tokenizer, self.template = tokenizer, image_tokenizer, template
+        self.seen_size, self.seen_tokens = seen_size, seen_tokens
+        self.drawn_size, self.max_length = drawn_size, max_length
+
+    def settings(self) -> dict[str, Any]:
+        """What is saved with a model, besides the tokenizers."""
+        names = ("seen_size", "seen_tokens", "drawn_size", "max_length")
+        return {"template": asdict(self.template), **{name: getattr(self, name) for name in names}}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the codes of a drawn picture."""
+        assert self.image_tokenizer is not None
+        return self.image_tokenizer.grid(self.drawn_size, self.drawn_size)
+
+    @property
+    def codes_per_image(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    def encode(self, messages: Sequence[Message], answer: str | None = None) -> Sample:
+        """One conversation -> one sample.
+
+        answer: None for a finished conversation (training). "text" opens an assistant turn for the
+        model to fill, "image" opens one that begins with begin-of-image.
+        Raises ValueError for malformed messages and for a conversation longer than the context.
+        """
+        t = self.template
+        slots = _Slots()
+        slots.text([t.bos])
+        for index, message in enumerate(messages):
+            role, content = _checked(message)
+            mine = role == "assistant"
+            slots.text([t.assistant if mine else t.user])
+            for part in content:
+                if part["type"] == "text":
+                    slots.text(self.words(part["text"]), scored=mine, user=not mine)
+                else:
+                    last = index == len(messages) - 1
+                    self._image(slots, part, scored=mine, talked_about=mine and not last)
+                    slots.draws = mine
+            slots.text([t.end_of_turn], scored=mine)
+        if answer is not None:
+            slots.text([t.assistant])
+            slots.draws = answer == "image"
+        if answer == "image":
+            slots.text([t.begin_image])
+        sample = slots.sample()
+        if len(sample) > self.max_length:
+            raise ValueError(
+                f"the conversation takes {len(sample)} slots, and the context of this model has "
+                f"{self.max_length}: shorten the text or send fewer images"
+            )
+        return sample
+
+    def words(self, text: str) -> list[int]:
+        """Text ids of `text`."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; ids that are no words are left out."""
+        words = self.template.bos
+        return self.tokenizer.decode([i for i in ids if i < words]).strip()
+
+    def unguided(self, sample: Sample) -> Sample:
+        """The prompt without its words: user text becomes pad, at the same length and positions."""
+        ids = np.where(sample.user_text, self.template.pad, sample.ids)
+        return Sample(
+            ids, sample.kind, sample.score, sample.user_text, sample.images, sample.draws
+        )
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Right-padded rows; padding is never scored and, being on the right, never attended to."""
+        length = max(map(len, samples))
+        shape = (len(samples), length)
+        ids = np.full(shape, self.template.pad, dtype=np.int64)
+        kind = np.zeros(shape, dtype=np.int64)
+        score = np.zeros(shape, dtype=np.float32)
+        images = []
+        for row, s in enumerate(samples):
+            ids[row, : len(s)], kind[row, : len(s)], score[row, : len(s)] = s.ids, s.kind, s.score
+            images += [SeenImage(i.pixels, row, i.start, i.count) for i in s.images]
+        positions = torch.arange(length).expand(shape)
+        return Batch(
+            torch.from_numpy(ids), torch.from_numpy(kind), positions, torch.from_numpy(score), images
+        )
+
+    def seen_pixels(self, image: Any) -> torch.Tensor:
+        """(3, s, s) in [-1, 1]: the long side to s, padded to a square with grey (Janus-Pro)."""
+        picture = open_image(image)
+        side = self.seen_size
+        scale = side / max(picture.size)
+        size = tuple(max(1, round(edge * scale)) for edge in picture.size)
+        if size != (side, side):
+            square = Image.new("RGB", (side, side), (127, 127, 127))
+            corner = ((side - size[0]) // 2, (side - size[1]) // 2)
+            square.paste(_resized(picture, size), corner)
+            picture = square
+        return to_unit(np.asarray(_resized(picture, (side, side))))
+
+    def drawn_pixels(self, image: Any) -> torch.Tensor:
+        """(3, s, s) in [-1, 1]: the short side to s, cropped to the centre (Janus-Pro)."""
+        picture = open_image(image)
+        side = self.drawn_size
+        scale = side / min(picture.size)
+        size = tuple(max(side, round(edge * scale)) for edge in picture.size)
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        cut = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
+        if picture.size != (side, side):
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC, box=_within(cut, picture))
+        return to_unit(np.asarray(picture))
+
+    def codes(self, image: Any) -> np.ndarray:
+        """The codes of a picture as drawn, (gh * gw,) int64."""
+        if self.image_tokenizer is None:
+            raise ValueError("this model has no image tokenizer, so it cannot take drawn images")
+        weight = next(self.image_tokenizer.parameters())
+        pixels = self.drawn_pixels(image)[None].to(weight.device, weight.dtype)
+        with torch.inference_mode():
+            return self.image_tokenizer.encode(pixels)[0].cpu().numpy()
+
+    def _image(self, slots: "_Slots", part: Message, scored: bool, talked_about: bool) -> None:
+        """An image part. A drawn image that a later turn talks about is shown both ways."""
+        t = self.template
+        default = ["codes"] if scored or not self.seen_tokens else ["patches"]
+        if talked_about and self.seen_tokens:
+            default = ["codes", "patches"]
+        view = part.get("view") or default
+        for way in view:
+            slots.text([t.begin_image], scored=scored and way == "codes")
+            if way == "codes":
+                codes = part.get("codes")
+                slots.codes(self.codes(part["image"]) if codes is None else codes, scored)
+            elif way == "patches":
+                slots.patches(self.seen_pixels(part["image"]), self.seen_tokens)
+            else:
+                raise ValueError(f"an image's view holds 'patches' and 'codes', not {way!r}")
+            slots.text([t.end_image], scored=scored and way == "codes")
+
+
+class _Slots:
+    """A sample while it is being written."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.kind: list[int] = []
+        self.score: list[float] = []
+        self.user: list[bool] = []
+        self.images: list[SeenImage] = []
+        self.draws = False
+
+    def text(self, ids: Sequence[int], scored: bool = False, user: bool = False) -> None:
+        self._add(ids, TEXT, scored, user)
+
+    def codes(self, codes: Any, scored: bool) -> None:
+        self._add([int(code) for code in codes], CODE, scored)
+
+    def patches(self, pixels: torch.Tensor, count: int) -> None:
+        self.images.append(SeenImage(pixels, 0, len(self.ids), count))
+        self._add([0] * count, PATCH)
+
+    def sample(self) -> Sample:
+        return Sample(
+            np.array(self.ids, dtype=np.int64),
+            np.array(self.kind, dtype=np.int64),
+            np.array(self.score, dtype=np.float32),
+            np.array(self.user, dtype=bool),
+            self.images,
+            self.draws,
+        )
+
+    def _add(self, ids: Sequence[int], kind: int, scored: bool = False, user: bool = False) -> None:
+        self.ids += ids
+        self.kind += [kind] * len(ids)
+        self.score += [float(scored)] * len(ids)
+        self.user += [user] * len(ids)
+
+
+def user(*content: Any) -> Message:
+    """A user message: strings are text; anything else is an image."""
+    return _message("user", content)
+
+
+def assistant(*content: Any) -> Message:
+    """An assistant message: strings are text; anything else is an image."""
+    return _message("assistant", content)
+
+
+def to_unit(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> float (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> a PIL image."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _message(role: str, content: Sequence[Any]) -> Message:
+    parts = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+        elif isinstance(part, dict):
+            parts.append({"type": "image", **part})
+        else:
+            parts.append({"type": "image", "image": part})
+    return {"role": role, "content": parts}
+
+
+def _checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
+    """Role and content parts of a message; a ValueError says what is wrong with it."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant"):
+        raise ValueError(f"a message's role is 'user' or 'assistant', not {role!r}")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise ValueError("a message's content is a string or a list of text and image parts")
+    for part in content:
+        needed = {"text": ("text",), "image": ("image", "codes")}.get(part.get("type"))
+        if needed is None or not any(name in part for name in needed):
+            raise ValueError(
+                "a content part is {'type': 'text', 'text': ...} or "
+                f"{{'type': 'image', 'image': ...}}, not {str(part)[:80]!r}"
+            )
+    return role, list(content)
+
+
+def _resized(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
+    if picture.size == tuple(size):
+        return picture
+    return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+
+
+def _within(box: tuple[float, ...], picture: Image.Image) -> tuple[float, float, float, float]:
+    width, height = picture.size
+    left, top, right, bottom = box
+    return max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A `tokenizers.Tokenizer` from a tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))

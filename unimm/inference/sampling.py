@@ -1,0 +1,94 @@
+"""From logits to the next id: guidance, temperature, top-k, top-p, and noise one can reproduce.
+
+The noise of an id is a function of (seed, position, id) alone, so a batch, a stream or a resumed
+request gives what a single call gives.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are sampled.
+
+    guidance: g in uncond + g * (cond - uncond), 1 for none. temperature: applied after guidance,
+    0 for greedy. top_k: 0 for all. top_p: 1 for all. max_text: most text tokens of an answer.
+    """
+
+    guidance: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    text_temperature: float = 0.0
+    max_text: int = 96
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.text_temperature < 0:
+            raise ValueError("temperature must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError("top_k must be 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError("top_p must be above 0 and at most 1")
+        if not self.guidance >= 0:
+            raise ValueError("guidance must be 0 or more (1 for none)")
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance of logits (arXiv 2207.12598)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def choose(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stream: int = 0,
+) -> Tensor:
+    """Logits (N, K), seeds (N,), positions (N,) -> ids (N,), by the Gumbel-max trick."""
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(-1)
+    kept = keep_likely(logits / temperature, top_k, top_p)
+    return (kept + gumbel(seeds, positions, logits.shape[-1], stream)).argmax(-1)
+
+
+def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """All but the `top_k` most likely, and what lies beyond the mass `top_p`, set to -inf."""
+    if top_k and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        mass = ordered.softmax(-1)
+        beyond = mass.cumsum(-1) - mass >= top_p  # the first one is always kept
+        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+    return logits
+
+
+def gumbel(seeds: Tensor, positions: Tensor, size: int, stream: int = 0) -> Tensor:
+    """Gumbel noise (N, size), float32, of ids 0 … size - 1 at each (seed, position).
+
+    Seeds and positions are (N,) int64. `stream` keeps the noise of words and codes apart.
+    """
+    key = _hash(_hash(seeds & _MASK) ^ ((seeds >> 32) & _MASK))
+    key = _hash(key ^ ((positions * 0x9E3779B1 + stream * 0x85EBCA77) & _MASK))
+    ids = torch.arange(size, device=seeds.device) * 0xC2B2AE3D & _MASK
+    bits = _hash(key[:, None] ^ ids)  # (N, size), 32 bits each
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # never 0 or 1 in float32
+    return -torch.log(-torch.log(uniform))
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A 32-bit mixing function on int64 tensors (constants of C. Wellons's lowbias32)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    return x ^ (x >> 16)

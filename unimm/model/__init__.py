@@ -1,0 +1,1 @@
+"""Modules only: no data set is read and no string is tokenized here."""

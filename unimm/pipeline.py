@@ -1,0 +1,240 @@
+"""`UniMM`: what a user holds. One model that draws, captions, answers, edits and chats."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unimm.checkpoints.native import load_model, save_model
+from unimm.data.images import open_image
+from unimm.data.processor import Message, Processor, to_picture, user
+from unimm.inference.engine import Answer, Engine, Request
+from unimm.inference.sampling import Settings
+from unimm.model.unified import CODE, UnifiedModel
+
+BUNDLED = Path(__file__).parent / "assets" / "scenes"
+BATCH = 16  # pictures drawn side by side
+
+
+class UniMM:
+    """A unified model with its processor, ready to use.
+
+    Pictures come as paths, PIL images or uint8 arrays (H, W, 3), and go as PIL images. Wrong
+    input raises ValueError with a sentence that says what to do.
+    """
+
+    def __init__(
+        self, model: UnifiedModel, processor: Processor, sampling: dict[str, Any] | None = None
+    ):
+        self.model, self.processor = model.eval(), processor
+        self.sampling = sampling or {}
+        self.engine = Engine(model, processor)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path | None = None, device: str = "auto", dtype: str = "float32"
+    ) -> "UniMM":
+        """Load a model folder; None is the bundled model.
+
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "mps". dtype: "float32",
+        "bfloat16" or "float16".
+        """
+        target = pick_device(device)
+        kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+        if dtype not in kinds:
+            raise ValueError(f"dtype is one of {', '.join(kinds)}, not {dtype!r}")
+        model, processor, sampling = load_model(BUNDLED if source is None else source)
+        model = model.to(target, kinds[dtype])
+        if processor.image_tokenizer is not None:
+            processor.image_tokenizer.to(target)
+        return cls(model, processor, sampling)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that `from_pretrained` loads."""
+        save_model(folder, self.model, self.processor, self.sampling, dtype)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        n: int = 1,
+        *,
+        guidance: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Any:
+        """Draw `n` pictures of each prompt; picture k of the call uses seed + k.
+
+        Returns one image for one prompt with n=1, else a list (all of the first prompt first).
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if n < 1 or not prompts:
+            raise ValueError("ask for at least one picture (n >= 1) of at least one prompt")
+        conversations = [[user(checked_text(p, "prompt"))] for p in prompts for _ in range(n)]
+        settings = self._settings(guidance, temperature, top_k, top_p)
+        images = self._draw(conversations, settings, seed)
+        return images[0] if isinstance(prompt, str) and n == 1 else images
+
+    def generate_stream(
+        self,
+        prompt: str,
+        every: int = 8,
+        *,
+        guidance: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[Image.Image]:
+        """The picture as it comes, after every `every` codes; the last one is `generate`'s."""
+        if every < 1:
+            raise ValueError("every must be 1 or more")
+        request = self._requests([[user(checked_text(prompt, "prompt"))]], "image", seed)
+        settings = self._settings(guidance, temperature, top_k, top_p)
+        for answer in self.engine.stream(request, settings):
+            codes = answer[0].codes
+            if answer[0].done or len(codes) % every == 0:
+                yield self._partial(codes)
+
+    def caption(self, image: Any) -> str:
+        """What is in the picture, in words."""
+        return self.ask(image, "describe the picture")
+
+    def ask(self, image: Any, question: str) -> str:
+        """The answer to a question about the picture."""
+        return self.ask_all([(image, question)])[0]
+
+    def ask_all(self, pairs: Sequence[tuple[Any, str]]) -> list[str]:
+        """Many (picture, question) pairs at once; the same answers as one by one."""
+        talks = [[user(open_image(i), checked_text(q, "question"))] for i, q in pairs]
+        answers: list[str] = []
+        for start in range(0, len(talks), 4 * BATCH):
+            requests = self._requests(talks[start : start + 4 * BATCH], "text", 0)
+            found = self.engine.run(requests, Settings())
+            answers += [self.processor.text(answer.text) for answer in found]
+        return answers
+
+    def edit(
+        self,
+        image: Any,
+        instruction: str,
+        *,
+        guidance: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Image.Image:
+        """The picture with the change made."""
+        settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_guidance")
+        return self._draw([edit_messages(image, instruction, self.processor)], settings, seed)[0]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        guidance: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Message]:
+        """The conversation with the model's answer appended; it may hold drawn images.
+
+        A drawn image carries its codes, so that a later turn sees just what was drawn.
+        """
+        if not messages or messages[-1].get("role") != "user":
+            raise ValueError("a chat ends with the user message that is to be answered")
+        settings = self._settings(guidance, temperature, top_k, top_p)
+        answer = self.engine.run(self._requests([list(messages)], "any", seed), settings)[0]
+        return [*messages, self._message(answer)]
+
+    def _draw(
+        self, conversations: list[list[Message]], settings: Settings, seed: int
+    ) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for start in range(0, len(conversations), BATCH):
+            part = conversations[start : start + BATCH]
+            answers = self.engine.run(self._requests(part, "image", seed + start), settings)
+            images += self._pictures([answer.codes for answer in answers])
+        return images
+
+    def _requests(self, talks: list[list[Message]], mode: str, seed: int) -> list[Request]:
+        answer = "image" if mode == "image" else "text"
+        samples = [self.processor.encode(talk, answer) for talk in talks]
+        return [Request(sample, mode, seed + k) for k, sample in enumerate(samples)]
+
+    def _settings(
+        self,
+        guidance: float | None,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        kind: str = "guidance",
+    ) -> Settings:
+        default = self.sampling.get(kind, self.sampling.get("guidance", 1.0))
+        return Settings(default if guidance is None else guidance, temperature, top_k, top_p)
+
+    def _pictures(self, codes: list[list[int]]) -> list[Image.Image]:
+        tokenizer = self.processor.image_tokenizer
+        if tokenizer is None:
+            raise ValueError("this model has no image tokenizer, so it cannot draw")
+        device = next(tokenizer.parameters()).device
+        with torch.inference_mode():
+            pixels = tokenizer.decode(torch.tensor(codes, device=device), self.processor.grid)
+        return [to_picture(p) for p in pixels]
+
+    def _partial(self, codes: list[int]) -> Image.Image:
+        """A picture of the codes so far; what is not drawn yet is light grey."""
+        rows, columns = self.processor.grid
+        missing = rows * columns - len(codes)
+        picture = self._pictures([codes + [codes[-1]] * missing])[0]
+        cell = (picture.width // columns, picture.height // rows)
+        for k in range(len(codes), rows * columns):
+            left, top = k % columns * cell[0], k // columns * cell[1]
+            picture.paste((224, 224, 224), (left, top, left + cell[0], top + cell[1]))
+        return picture
+
+    def _message(self, answer: Answer) -> Message:
+        parts: list[dict[str, Any]] = []
+        for kind, ids in answer.parts:
+            if kind == CODE:
+                if len(ids) == self.processor.codes_per_image:
+                    parts.append({"type": "image", "image": self._pictures([ids])[0], "codes": ids})
+            elif words := self.processor.text(ids):
+                parts.append({"type": "text", "text": words})
+        return {"role": "assistant", "content": parts}
+
+
+def edit_messages(image: Any, instruction: str, processor: Processor) -> list[Message]:
+    """The conversation that `edit` continues: the picture is shown both ways."""
+    view = ["patches", "codes"] if processor.seen_tokens else ["codes"]
+    picture = {"image": open_image(image), "view": view}
+    return [user(picture, checked_text(instruction, "instruction"))]
+
+
+def checked_text(text: str, what: str) -> str:
+    """`text`, stripped; ValueError where nothing is left of it."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the {what} is empty: say what you want")
+    return re.sub(r"\s+", " ", text.strip())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, if it is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device is auto, cpu, cuda or mps, not {name!r}")
+    there = {
+        "cpu": lambda: True,
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if not there[name]():
+        raise ValueError(f"there is no device {name!r} on this machine: use device cpu")
+    return torch.device(name)

@@ -1,0 +1,1 @@
+"""The one training loop and the steps of everything that is trained with it."""

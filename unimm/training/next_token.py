@@ -1,0 +1,100 @@
+"""Training of the unified model: the next-token step, and what a run of it sets up."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimm.checkpoints.native import load_model, save_model
+from unimm.config import Run
+from unimm.data.processor import Processor, Sample, to_picture, user
+from unimm.inference.engine import Engine, Request
+from unimm.inference.sampling import Settings
+from unimm.model.image_tokenizer import ImageTokenizer
+from unimm.model.unified import Batch, UnifiedModel
+from unimm.training.trainer import Parts
+
+
+def next_token(model: Any, batch: Batch, total: float, run: Run) -> Iterator[tuple]:
+    """Cross-entropy of every scored slot, weighted by kind, over the global batch."""
+    output = model(batch, run.kind_weights, total)
+    yield "main", output.loss, {f"{kind}_nats": pair for kind, pair in output.nats.items()}
+
+
+def scored_weight(batch: Batch, run: Run) -> float:
+    """What the loss of `next_token` is divided by."""
+    return batch.weight(run.kind_weights)
+
+
+def setup_unified(run: Run) -> Parts:
+    """A model from the folder `run.init`; items are message dicts.
+
+    options: `prompts` (texts to draw in previews), `guidance` of the previews, `code_rows_only`
+    (the shared pathway's stage 1).
+    """
+    if not run.init:
+        raise ValueError("this run starts from a model folder: init=DIR")
+    model, processor, sampling = load_model(run.init)
+    if run.options.get("code_rows_only"):
+        model.train_code_rows_only()
+
+    def prepare(item: dict[str, Any], rng: np.random.Generator) -> Sample:
+        return drop_prompt(processor.encode(item["messages"]), processor, run.drop_prompt, rng)
+
+    def preview(folder: Path, step: int) -> dict[str, float] | None:
+        prompts = run.options.get("prompts")
+        if prompts and processor.image_tokenizer is not None:
+            pictures = draw(model, processor, prompts, run.options.get("guidance", 2.0))
+            save_grid(pictures, folder / f"preview-{step:06d}.png", columns=8)
+        return None
+
+    return Parts(
+        model,
+        processor.collate,
+        preview,
+        lambda folder: save_model(folder, model, processor, sampling),
+        prepare,
+    )
+
+
+def drop_prompt(
+    sample: Sample, processor: Processor, share: float, rng: np.random.Generator
+) -> Sample:
+    """The sample, or for a `share` of drawing samples the sample with the unguided prompt."""
+    return processor.unguided(sample) if sample.draws and rng.random() < share else sample
+
+
+def draw(
+    model: UnifiedModel, processor: Processor, prompts: list[str], guidance: float, seed: int = 0
+) -> Tensor:
+    """One picture a prompt, (N, 3, H, W) in [-1, 1]."""
+    requests = [
+        Request(processor.encode([user(prompt)], answer="image"), "image", seed + k)
+        for k, prompt in enumerate(prompts)
+    ]
+    answers = Engine(model, processor).run(requests, Settings(guidance=guidance))
+    return pictures_of(processor, [answer.codes for answer in answers])
+
+
+def pictures_of(processor: Processor, codes: list[list[int]]) -> Tensor:
+    """Codes of complete pictures -> (N, 3, H, W) in [-1, 1]."""
+    tokenizer = processor.image_tokenizer
+    assert isinstance(tokenizer, ImageTokenizer)
+    device = next(tokenizer.parameters()).device
+    with torch.inference_mode():
+        return tokenizer.decode(torch.tensor(codes, device=device), processor.grid)
+
+
+def save_grid(pictures: Tensor, path: Path, columns: int) -> None:
+    """Pictures (N, 3, H, W) in [-1, 1] as one PNG with white lines between them."""
+    count, _, height, width = pictures.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(3, rows * (height + 2) + 2, columns * (width + 2) + 2)
+    for k, picture in enumerate(pictures.float().cpu()):
+        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
+        sheet[:, top : top + height, left : left + width] = picture
+    to_picture(sheet).save(path)
+
