@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unimm.model.decoder import Decoder, DecoderConfig, KVCache, block_mask
+from unimm.model.decoder import Decoder, DecoderConfig, KVCache, block_mask, plain_attention
 
 TINY = DecoderConfig(
     vocab_size=61,
@@ -203,6 +203,21 @@ def test_every_weight_learns(autocast):
         assert weight.grad is not None and weight.grad.isfinite().all(), name
         # a key bias shifts all scores of a query alike only without rotation: it does learn here
         assert weight.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_attention_is_the_same(packed):
+    """Short bfloat16 training rows on a CPU take plain products instead of the fused kernel."""
+    torch.manual_seed(0)
+    decoder = Decoder(replace(TINY, kv_heads=4))
+    x, positions = torch.randn(2, 12, TINY.dim), torch.arange(12)[None]
+    mask = block_mask(torch.tensor([[0] * 12, [0] * 5 + [1] * 5 + [-1] * 2])) if packed else None
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = decoder(x, positions, mask)
+        assert decoder.attention(x, torch.bfloat16, mask, None).func is plain_attention
+        with torch.no_grad():
+            fused = decoder(x, positions, mask)
+    torch.testing.assert_close(plain, fused, atol=0.03, rtol=0.03)
 
 
 @torch.no_grad()

@@ -32,9 +32,9 @@ def pictures(n: int, size: int = 16, seed: int = 0) -> torch.Tensor:
     rng = np.random.default_rng(seed)
     made = np.empty((n, size, size, 3), np.uint8)
     for picture in made:
-        picture[:] = rng.integers(0, 256, 3)
+        picture[:] = rng.choice((0, 128, 255), 3)
         y, x = rng.integers(0, size // 2, 2)
-        picture[y : y + size // 2, x : x + size // 2] = rng.integers(0, 256, 3)
+        picture[y : y + size // 2, x : x + size // 2] = rng.choice((0, 128, 255), 3)
     return training.collate(list(made))
 
 
@@ -110,9 +110,12 @@ def test_the_look_up_in_chunks_is_the_look_up():
 def test_training_and_inference_see_the_same_codes_and_pixels():
     torch.manual_seed(0)
     model = TokenizerTraining(small(), VQTraining()).eval()
+    model.spread.running_mean.normal_(0, 0.2)  # as training leaves them
+    model.spread.running_var.uniform_(0.05, 0.2)
     tokenizer, pixels = model.export(), training.to_signed(pictures(4))
     with torch.no_grad():
         drawn, codes, _ = model(pixels)
+    assert len(codes.unique()) > 8
     assert torch.equal(tokenizer.encode(pixels), codes)
     assert (tokenizer.decode(codes, (4, 4)) - drawn.clamp(-1, 1)).abs().max() < 1e-5
 
@@ -225,25 +228,28 @@ def fit(model: TokenizerTraining, steps: int, rate: float = 3e-3) -> list[float]
 def test_a_few_steps_lower_the_loss(changes):
     torch.manual_seed(0)
     model = TokenizerTraining(small(**changes), VQTraining(l2=1, edges=0.5))
-    losses = fit(model, 60)
-    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
-    assert int(model.pictures) == 480
+    losses = fit(model, 40)
+    assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
+    assert int(model.pictures) == 320
 
 
 def test_dead_codes_are_replaced():
-    """Vectors of eight directions and codes of which most can never be the nearest."""
-    torch.manual_seed(0)
-    directions = F.normalize(torch.randn(32, 8), dim=-1)
+    """64 codes that all begin in one place, and vectors around four others."""
     used = []
     for dead_code in (0, 2):
-        config, settings = small(code_dim=8), VQTraining(dead_code=dead_code)
-        quantizer = training.make_quantizer(config, settings)
-        quantizer.codebook = F.normalize(torch.ones(32, 8) + 0.01 * torch.randn(32, 8), dim=-1)
-        for _ in range(30):
-            z = directions[torch.randint(32, (1, 2000))] + 0.02 * torch.randn(1, 2000, 8)
-            quantizer(z)
-        used.append(len(quantizer.eval()(directions[None])[1].unique()))
-    assert used[0] < 20 < 28 <= used[1]
+        torch.manual_seed(0)
+        quantizer = training.make_quantizer(
+            small(code_dim=8, codebook_size=64), VQTraining(dead_code=dead_code)
+        )
+        rows = F.normalize(torch.ones(64, 8) + 0.01 * torch.randn(64, 8), dim=-1)
+        quantizer._codebook.embed.copy_(rows)
+        quantizer._codebook.embed_avg.copy_(rows)
+        places = torch.randn(4, 8)
+        for _ in range(20):
+            quantizer(places[torch.randint(4, (1, 500))] + 0.3 * torch.randn(1, 500, 8))
+        vectors = places[torch.randint(4, (1, 2000))] + 0.3 * torch.randn(1, 2000, 8)
+        used.append(len(quantizer.eval()(vectors)[1].unique()))
+    assert used[0] < 20 and used[1] > 60
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

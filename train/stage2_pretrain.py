@@ -25,6 +25,7 @@ config = Run(
     },
     steps=3_000,
     batch_size=128,
+    accumulate=4,
     warmup=100,
     schedule="constant",
     options={"prompts": [], "guidance": 2.0, "code_rows_only": False},

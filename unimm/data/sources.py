@@ -71,9 +71,9 @@ class PictureStore:
                 rng = np.random.default_rng((seed, k, edited))
                 made = [sample_scene(WORLDS[world], rng)]
                 if edited:
-                    instruction, after = edits(WORLDS[world], made[0], rng)
+                    before, instruction, after = sample_edit(world, rng)
                     words.append(instruction)
-                    made.append(after)
+                    made = [before, after]
                 for offset, scene in enumerate(made):
                     pictures[k + offset] = render(scene, size)
                     scenes.append(to_array(scene))
@@ -238,6 +238,18 @@ def scenes_pictures_only(run: Any, store: str) -> Made:
         return np.asarray(pictures.pictures[int(rng.integers(len(pictures)))])
 
     return Made(make, (run.seed, 8))
+
+
+def sample_edit(
+    world: str, rng: np.random.Generator, split: str = "train"
+) -> tuple[Scene, str, Scene]:
+    """A scene, an instruction and the scene after it, all of one split."""
+    while True:
+        before = sample_scene(WORLDS[world], rng, split=split)
+        try:
+            return before, *edits(WORLDS[world], before, rng, split=split)
+        except ValueError:  # there are scenes in which nothing can be changed in this split
+            continue
 
 
 def some_questions(scene: Scene, rng: np.random.Generator, most: int) -> list[tuple[str, str]]:

@@ -22,7 +22,6 @@ from unimm.data.scenes import (
     check,
     complete,
     edit_holds,
-    edits,
     look,
     normalize_answer,
     open_questions,
@@ -32,6 +31,7 @@ from unimm.data.scenes import (
     task_prompt,
     yes_no_pairs,
 )
+from unimm.data.sources import sample_edit
 from unimm.inference.engine import Request
 from unimm.inference.sampling import Settings
 from unimm.pipeline import UniMM, edit_messages
@@ -193,9 +193,7 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     world, tally, jobs = WORLDS[protocol.world], Tally(), []
     for k in range(max(1, protocol.n // 6)):
         rng = np.random.default_rng((seed, 55, k, _split_key(split)))
-        before = sample_scene(world, rng, split=split)
-        instruction, after = edits(world, before, rng, split=split)
-        jobs.append((before, instruction, after))
+        jobs.append(sample_edit(protocol.world, rng, split))
     talks = [
         edit_messages(render(before, world.image_size), words, model.processor)
         for before, words, _ in jobs

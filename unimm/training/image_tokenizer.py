@@ -4,6 +4,7 @@ The quantizers come from vector-quantize-pytorch and stay in float32; what is sa
 `VQTokenizer` with the rows of its codebook, which needs none of them.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unimm.config import Run
-from unimm.model.image_tokenizer import ImageTokenizer, VQConfig, VQTokenizer
+from unimm.model.image_tokenizer import Codebook, ImageTokenizer, VQConfig, VQTokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class VQTraining:
 
 
 class TokenizerTraining(nn.Module):
-    """A `VQTokenizer` with the quantizer and the discriminator that train it."""
+    """A `VQTokenizer` with the quantizer and the discriminator that train it.
+
+    `spread` gives each dimension of the latents mean 0 and variance 1. Without it commitment draws
+    all latents to one small region, where the decoder can hardly tell the codes apart.
+    """
 
     pictures: Tensor
 
@@ -53,6 +58,7 @@ class TokenizerTraining(nn.Module):
         self.tokenizer = VQTokenizer(config)
         self.tokenizer.apply(initialise)
         self.tokenizer.quantize.requires_grad_(False)  # its rows are a copy, made by `export`
+        self.spread = nn.BatchNorm1d(config.code_dim, affine=False)
         self.quantizer = make_quantizer(config, settings)
         self.discriminator = PatchDiscriminator() if settings.adversarial else None
         self.register_buffer("pictures", torch.zeros((), dtype=torch.int64))
@@ -62,17 +68,25 @@ class TokenizerTraining(nn.Module):
         latents = self.tokenizer.latents(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
             z = latents.permute(0, 2, 3, 1).flatten(1, 2).float()  # (N, gh gw, d)
+            z = self.spread(z.flatten(0, 1)).view(z.shape)
             quantized, codes, *loss = self.quantizer(z)
         commitment = loss[0].sum() if loss else z.new_zeros(())  # fsq commits by construction
         vectors = quantized.unflatten(1, latents.shape[2:]).permute(0, 3, 1, 2)
         return self.tokenizer.pixels(vectors).float(), codes, commitment
 
+    @torch.no_grad()
     def export(self) -> VQTokenizer:
-        """The tokenizer, with the rows that the quantizer holds now."""
-        if self.tokenizer.config.quantizer != "fsq":
+        """A copy of the tokenizer as it is now, with the quantizer's rows, to be used and saved."""
+        tokenizer, spread = copy.deepcopy(self.tokenizer).eval(), self.spread
+        assert spread.running_mean is not None and spread.running_var is not None
+        scale = (spread.running_var + 1e-5).rsqrt()  # BatchNorm's eps
+        weight, bias = tokenizer.quant_conv.parameters()  # take over what `spread` does
+        weight.mul_(scale.view(-1, 1, 1, 1))
+        bias.sub_(spread.running_mean).mul_(scale)
+        if isinstance(tokenizer.quantize, Codebook):
             rows: Any = self.quantizer.codebook
-            self.tokenizer.quantize.set_rows(rows.detach())
-        return self.tokenizer
+            tokenizer.quantize.set_rows(rows)
+        return tokenizer
 
 
 def initialise(module: nn.Module) -> None:
@@ -215,14 +229,11 @@ def setup_image_tokenizer(run: Run) -> Any:
             items = source.make(run, **source.options)
             first = settings.preview_offset
             fixed.append(collate([items[first + i] for i in range(settings.previews)]))
-        tokenizer = model.export().eval()
+        tokenizer = model.export()
         pixels = to_signed(fixed[0].to(next(model.parameters()).device))
-        try:
-            picture = reconstruction_grid(tokenizer, pixels[:16])
-            picture.save(folder / f"preview-{step:06d}.png")
-            return reconstruction_metrics(tokenizer, pixels)
-        finally:
-            tokenizer.train()
+        picture = reconstruction_grid(tokenizer, pixels[:16])
+        picture.save(folder / f"preview-{step:06d}.png")
+        return reconstruction_metrics(tokenizer, pixels)
 
     return Parts(model, collate, preview, lambda path: model.export().save(path))
 

@@ -57,6 +57,7 @@ def setup_unified(run: Run) -> Parts:
         preview,
         lambda folder: save_model(folder, model, processor, sampling),
         prepare,
+        len,
     )
 
 

@@ -38,6 +38,7 @@ class Parts:
     preview: Callable[[Path, int], dict[str, float] | None] | None = None
     save: Callable[[Path], None] | None = None
     prepare: Callable[[Any, Any], Any] | None = None
+    size: Callable[[Any], int] | None = None  # items of like size go into one piece of a batch
 
 
 def train(run: Run) -> Path:
@@ -74,6 +75,8 @@ def train(run: Run) -> Path:
 
     def make_batches() -> list[Any]:
         items = mixture.take(run.batch_size, rank, ranks)
+        if parts.size:
+            items.sort(key=parts.size)
         return [parts.collate(list(part)) for part in pieces(items, run.accumulate)]
 
     count = run.count or one

@@ -1,0 +1,94 @@
+"""Scenes: generated pictures of shapes whose content is known exactly, in words and in pixels.
+
+All but the checker needs numpy and Pillow only; the checker loads torch when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .drawing import render
+from .edits import EDITS, edit_holds, edits
+from .language import describe, prompt, task_prompt
+from .meaning import Spec, complete, parse, satisfies
+from .questions import (
+    QUESTION_TYPES,
+    Question,
+    normalize_answer,
+    open_questions,
+    questions,
+    text_dialogue,
+    yes_no_pairs,
+)
+from .references import refer
+from .sampling import TASKS, sample_scene
+from .world import (
+    ARRAY_LENGTH,
+    RELATIONS,
+    SIZES,
+    SPLITS,
+    WORLDS,
+    Object,
+    Scene,
+    World,
+    from_array,
+    get_world,
+    held_out_pair,
+    held_out_triple,
+    is_held_out,
+    main_relation,
+    relation_holds,
+    to_array,
+)
+
+if TYPE_CHECKING:
+    from .checker import UNKNOWN, check, look
+
+__all__ = [
+    "ARRAY_LENGTH",
+    "EDITS",
+    "QUESTION_TYPES",
+    "RELATIONS",
+    "SIZES",
+    "SPLITS",
+    "TASKS",
+    "UNKNOWN",
+    "WORLDS",
+    "Object",
+    "Question",
+    "Scene",
+    "Spec",
+    "World",
+    "check",
+    "complete",
+    "describe",
+    "edit_holds",
+    "edits",
+    "from_array",
+    "get_world",
+    "held_out_pair",
+    "held_out_triple",
+    "is_held_out",
+    "look",
+    "main_relation",
+    "normalize_answer",
+    "open_questions",
+    "parse",
+    "prompt",
+    "questions",
+    "refer",
+    "relation_holds",
+    "render",
+    "sample_scene",
+    "satisfies",
+    "task_prompt",
+    "text_dialogue",
+    "to_array",
+    "yes_no_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("UNKNOWN", "check", "look"):  # torch is loaded when a picture is looked at
+        from . import checker
+
+        return getattr(checker, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,18 +13,20 @@ from .world import Object, Scene, World, get_world
 
 OVERSAMPLING = 4
 
-# A shape is a list of (polygon (K, 2) inside the unit circle, y down; 1 to fill it or 0 to cut it out).
+# A shape is a list of (polygon (K, 2) in the unit circle, y down; 1 to fill it or 0 to cut it out).
 Polygons = list[tuple[np.ndarray, int]]
 
 
-def render(scene: Scene, world: str | World | int = "scenes", size: int | None = None) -> np.ndarray:
+def render(
+    scene: Scene, world: str | World | int = "scenes", size: int | None = None
+) -> np.ndarray:
     """The picture, uint8 (size, size, 3). `size` is the world's own by default.
 
     A number in place of the world means "scenes" at that size. The same scene always gives the same
     pixels. Raises ValueError for an unknown world.
     """
     if isinstance(world, int):
-        world, size = "scenes", world
+        return render(scene, "scenes", world)
     world = get_world(world)
     size = size or world.image_size
     pixels = np.empty((size, size, 3), np.float32)
@@ -108,6 +110,20 @@ SHAPES: dict[str, Polygons] = {
         (_points((-0.95, -0.27), (0.1, -0.27), (0.1, 0.27), (-0.95, 0.27)), 1),
         (_points((0.05, -0.82), (1, 0), (0.05, 0.82)), 1),
     ],
-    "bolt": [(_points((0.3, -0.95), (-0.65, 0.2), (-0.1, 0.2), (-0.3, 0.95), (0.65, -0.3), (0.1, -0.3)), 1)],
-    "hourglass": [(_points((-0.7, -0.72), (0.7, -0.72), (0.16, 0), (0.7, 0.72), (-0.7, 0.72), (-0.16, 0)), 1)],
+    "bolt": [
+        (
+            _points(
+                (0.35, -0.93),
+                (-0.72, 0.27),
+                (-0.16, 0.27),
+                (-0.35, 0.93),
+                (0.72, -0.27),
+                (0.16, -0.27),
+            ),
+            1,
+        )
+    ],
+    "hourglass": [
+        (_points((-0.7, -0.72), (0.7, -0.72), (0.16, 0), (0.7, 0.72), (-0.7, 0.72), (-0.16, 0)), 1)
+    ],
 }

@@ -1,12 +1,13 @@
 """Random scenes: natural mixes or the six tasks of GenEval, seen in training or held out of it.
 
-Objects are placed one after another and refused one by one, which keeps a scene far under a millisecond.
+Objects are placed and refused one by one, which keeps a scene far under a millisecond.
 """
 
 import math
 
 import numpy as np
 
+from .language import pick
 from .world import (
     SPLITS,
     Object,
@@ -79,12 +80,12 @@ def _task_count(task: str | None) -> int:
 def _looks(
     world: World, rng: np.random.Generator, split: str, task: str | None, count: int | None
 ) -> list[Look]:
-    """The shapes and colours of a scene; the first look is the held-out one where the split wants it."""
+    """The shapes and colours of a scene; with split "pairs" the first look is held out."""
 
     def look() -> Look:
-        return _pick(world.pairs[False], rng)
+        return pick(world.pairs[False], rng)
 
-    first = _pick(world.pairs[True], rng) if split == "pairs" else look()
+    first = pick(world.pairs[True], rng) if split == "pairs" else look()
     if task in ("single_object", "colors"):
         return [first]
     if task == "counting":
@@ -116,10 +117,6 @@ def _natural_count(world: World, rng: np.random.Generator, least: int) -> int:
     return world.max_objects
 
 
-def _pick(options: tuple, rng: np.random.Generator):
-    return options[int(rng.random() * len(options))]
-
-
 # ---------------------------------------------------------------------------- where
 
 
@@ -129,12 +126,13 @@ def _place(
     """A scene of these looks, or None when there was no room or every place was held out."""
     n = len(looks)
     large = world.max_large[n - 1]
-    sizes = ["large" if i < large and rng.random() < 0.5 else "small" for i in range(n)]
+    sizes = sorted("large" if i < large and rng.random() < 0.5 else "small" for i in range(n))
     order = rng.permutation(n).tolist()
     placed: list[Object] = []
     for size, i in zip(sizes, order, strict=True):  # the large ones first: they are harder to place
         for _ in range(30):
-            o = jitter(world, rng, *looks[i], size)
+            shape, color = looks[i]
+            o = jitter(world, rng, shape, color, size)
             if not fits(world, o, placed):
                 continue
             if split != "triples" and any(breaks_triple(o, other) for other in placed):
@@ -145,7 +143,7 @@ def _place(
             break
         else:
             return None
-    return Scene(tuple(placed), _pick(tuple(world.backgrounds), rng))
+    return Scene(tuple(placed), pick(tuple(world.backgrounds), rng))
 
 
 def jitter(world: World, rng: np.random.Generator, shape: str, color: str, size: str) -> Object:
@@ -173,7 +171,7 @@ def fits(world: World, o: Object, others: list[Object] | tuple[Object, ...]) -> 
 
 
 def _clear(a: Object, b: Object, position: bool) -> bool:
-    """Whether two objects are plainly side by side, one above the other, or (no `position`) diagonal."""
+    """Whether two objects are plainly beside, above or (no `position`) diagonal to each other."""
     if position and main_relation(a, b) is None:
         return False
     dx, dy = abs(a.x - b.x), abs(a.y - b.y)

@@ -25,8 +25,8 @@ MARGIN = 0.05  # GenEval's 0.1 * (width_a + width_b) at the mean size of a Scene
 class Object:
     """One shape in the picture. `x`, `y`: its centre in 0..1, y down; `size`: "small" or "large".
 
-    The jitter makes no two pictures equal and is never spoken of: `scale` (a factor near 1), `angle`
-    (degrees, clockwise) and `tint` (added to the RGB value of the colour).
+    The jitter makes no two pictures equal and is never spoken of: `scale` (a factor near 1),
+    `angle` (degrees, clockwise) and `tint` (added to the RGB value of the colour).
     """
 
     shape: str
@@ -52,8 +52,8 @@ class World:
     """The kind of pictures: which names exist, how they look and how many objects fit.
 
     `sizes` gives the radius of the circle around an object, `gap` the least distance of two such
-    circles and `border` their distance to the edge, all in picture widths. `max_large[n - 1]` is how
-    many of n objects may be large, so that they always fit.
+    circles and `border` their distance to the edge, all in picture widths. `max_large[n - 1]` is
+    how many of n objects may be large, so that they always fit.
     """
 
     name: str
@@ -74,11 +74,13 @@ class World:
     def pairs(self) -> dict[bool, tuple[tuple[str, str], ...]]:
         """(shape, colour) pairs by whether they are held out."""
         every = [(shape, color) for shape in self.shapes for color in self.colors]
-        return {held: tuple(p for p in every if held_out_pair(*p) is held) for held in (False, True)}
+        return {
+            held: tuple(p for p in every if held_out_pair(*p) is held) for held in (False, True)
+        }
 
 
 _COLORS = {
-    "red": (222, 26, 34),
+    "red": (236, 20, 30),
     "green": (24, 148, 52),
     "blue": (34, 66, 224),
     "yellow": (250, 222, 20),
@@ -86,7 +88,7 @@ _COLORS = {
     "orange": (250, 130, 10),
     "black": (16, 16, 18),
     "pink": (255, 124, 190),
-    "brown": (118, 66, 26),
+    "brown": (106, 60, 20),
     "cyan": (0, 200, 224),
 }
 _BACKGROUNDS = {
@@ -129,10 +131,10 @@ WORLDS = {
         shapes=("circle", "square", "triangle", "star", "cross", "ring"),
         colors={c: _COLORS[c] for c in ("red", "green", "blue", "yellow", "purple", "black")},
         backgrounds={b: _BACKGROUNDS[b] for b in ("white", "gray")},
-        sizes={"small": 0.16, "large": 0.24},
+        sizes={"small": 0.16, "large": 0.225},
         max_large=(1, 1),
-        gap=0.07,
-        border=0.032,
+        gap=0.08,
+        border=0.03,
     ),
 }
 
@@ -189,7 +191,7 @@ def held_out_triple(a: Object, relation: str, b: Object) -> bool:
 
 
 def is_held_out(scene: Scene) -> str | None:
-    """"pairs" if an object's pair is held out, else "triples" if a held-out triple holds, else None."""
+    """What is held out in it: "pairs" (an object's), else "triples" (one that holds), else None."""
     objects = scene.objects
     if any(held_out_pair(o.shape, o.color) for o in objects):
         return "pairs"

@@ -1,0 +1,215 @@
+"""The training loop: freezing, rates, accumulation, mixture, resume. A linear model is enough."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from unimm.config import Run, Source, load_recipe, override, run_main
+from unimm.data.mixture import Mixture, pieces, prefetch
+from unimm.training.state import plain_state
+from unimm.training.trainer import Parts, make_optimizers, rate_factor, train
+
+KEPT: dict[str, nn.Module] = {}
+
+
+class Numbers:
+    def __init__(self, offset=0):
+        self.offset = offset
+
+    def __getitem__(self, i):
+        return np.random.default_rng((self.offset, i)).normal(size=4).astype(np.float32)
+
+
+def numbers(run, offset=0):
+    return Numbers(offset)
+
+
+def setup(run):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    KEPT["model"] = model
+
+    def save(folder):
+        from safetensors.torch import save_file
+
+        save_file(plain_state(model), folder / "model.safetensors")
+
+    return Parts(model, lambda items: torch.tensor(np.stack(items)), None, save)
+
+
+def square(model, batch, total, run):
+    """Rows count by their first number: normalising by rows would be wrong."""
+    weight = (batch[:, :1] > 0).float() + 0.1
+    loss = (weight * (model(batch) - batch.sum(1, keepdim=True)) ** 2).sum() / total
+    yield "main", loss, {"rows": (float(len(batch)), 1.0)}
+
+
+def weight_of(batch, run):
+    return float(((batch[:, 0] > 0).float() + 0.1).sum())
+
+
+def run_for(out, **changes):
+    base = Run(
+        step=square, train=((r".*", 1e-2),), data={"a": Source(numbers, 1.0)}, steps=12,
+        batch_size=8, out=str(out), setup=setup, count=weight_of, precision="float32",
+        log_every=1, save_every=4, preview_every=0,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_loss_and_leaves_a_record(tmp_path):
+    train(run_for(tmp_path / "a", steps=60))
+    log = log_of(tmp_path / "a")
+    assert np.mean([x["main_loss"] for x in log[-10:]]) < 0.7 * log[0]["main_loss"]
+    record = json.loads((tmp_path / "a/run.json").read_text())
+    assert record["step"].endswith(":square") and record["data"]["a"]["weight"] == 1.0
+    assert (tmp_path / "a/done").exists() and not list((tmp_path / "a").glob("checkpoint-*"))
+
+
+def test_accumulation_is_the_same_run(tmp_path):
+    train(run_for(tmp_path / "whole"))
+    train(run_for(tmp_path / "cut", accumulate=3))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-6), name
+    first = [log_of(tmp_path / name)[0]["main_loss"] for name in ("whole", "cut")]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_happened(tmp_path):
+    train(run_for(tmp_path / "whole", schedule="cosine", warmup=3))
+
+    class Stop(Exception):
+        pass
+
+    def stopping(model, batch, total, run):
+        stopping.calls += 1
+        if stopping.calls == 7:
+            raise Stop
+        yield from square(model, batch, total, run)
+
+    stopping.calls = 0
+    run = run_for(tmp_path / "cut", schedule="cosine", warmup=3)
+    with pytest.raises(Stop):
+        train(dataclasses.replace(run, step=stopping))
+    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-4"]
+    train(run)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_frozen_parameters_do_not_move_and_rates_are_in_order(tmp_path):
+    rates = ((r"0\.bias", 5e-1), (r"0\..*", None), (r".*", 1e-3))
+    train(run_for(tmp_path / "a", train=rates, steps=3))
+    after = dict(KEPT["model"].named_parameters())
+    torch.manual_seed(0)
+    before = dict(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).named_parameters())
+    moved = {n: float((after[n] - before[n]).abs().max().detach()) for n in after}
+    assert moved["0.weight"] == 0
+    assert moved["0.bias"] > 0.1 > moved["2.weight"] > 0
+
+
+def test_no_match_is_an_error():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no parameter"):
+        make_optimizers(model, run_for("x", train=((r"nothing", 1.0),)))
+
+
+def test_rate_factor():
+    run = run_for("x", steps=110, warmup=10, schedule="cosine")
+    assert rate_factor(run, 0) == pytest.approx(0.1)
+    assert rate_factor(run, 10) == 1 and rate_factor(run, 60) == pytest.approx(0.5)
+    assert rate_factor(run, 109) < 0.001
+    assert rate_factor(dataclasses.replace(run, schedule="constant"), 109) == 1
+    with pytest.raises(ValueError):
+        rate_factor(dataclasses.replace(run, schedule="odd"), 50)
+
+
+def test_the_mixture_is_exact_and_can_skip():
+    names = {"a": 1.0, "b": 3.0, "c": 0.5, "off": 0.0}
+    sources = {name: [(name, i) for i in range(5000)] for name in names}
+    stream = Mixture(sources, names).take(4500)
+    for name, weight in names.items():
+        mine = [i for n, i in stream if n == name]
+        assert len(mine) == 1000 * weight and mine == list(range(len(mine)))
+    for start in range(0, 4491, 90):  # every stretch has its share, within one
+        part = [n for n, _ in stream[start : start + 9]]
+        assert 1 <= part.count("a") <= 3 and 5 <= part.count("b") <= 7
+    later = Mixture(sources, names)
+    later.skip(1234)
+    assert later.take(50) == stream[1234:1284]
+    halves = [Mixture(sources, names).take(100, rank, 2) for rank in (0, 1)]
+    assert [x for pair in zip(*halves, strict=True) for x in pair] == stream[:100]
+
+
+def test_prepare_gets_a_generator_of_its_position():
+    def note(item, rng):
+        return float(rng.random())
+
+    a = Mixture({"a": range(100)}, {"a": 1}, 7, note).take(10)
+    b = Mixture({"a": range(100)}, {"a": 1}, 7, note)
+    b.skip(4)
+    assert b.take(6) == a[4:] and len(set(a)) == 10
+    assert Mixture({"a": range(100)}, {"a": 1}, 8, note).take(10) != a
+
+
+def test_prefetch_keeps_order_and_raises():
+    values = iter(range(5))
+    assert list(prefetch(lambda: next(values), 5)) == [0, 1, 2, 3, 4]
+
+    def broken():
+        raise ValueError("a broken row")
+
+    with pytest.raises(ValueError, match="broken row"):
+        list(prefetch(broken, 3))
+    assert [len(p) for p in pieces(list(range(8)), 3)] == [3, 2, 3]
+
+
+def test_overrides():
+    run = run_for("x")
+    changed = override(run, ["data.a.weight=2", "steps=5", "data.a.options={'offset': 3}"])
+    assert changed.data["a"].weight == 2.0 and changed.steps == 5
+    assert changed.data["a"].options == {"offset": 3} and run.steps == 12
+    for wrong, message in (
+        ("stps=5", "unknown key"),
+        ("data.b.weight=1", "unknown key"),
+        ("steps=many", "expected a value"),
+        ("steps", "key=value"),
+        ("step=x", "recipe"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            override(run, [wrong])
+
+
+def test_run_main_checks_its_keys():
+    def main(size="small", count=3):
+        return size, count
+
+    assert run_main(main, ["count=4"]) == ("small", 4)
+    with pytest.raises(ValueError, match="choose from size, count"):
+        run_main(main, ["siez=quick"])
+
+
+def test_recipes_are_found_or_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such recipe"):
+        load_recipe(tmp_path / "none.py")
+    text = tmp_path / "recipe.py"
+    text.write_text("x = 3\n")
+    assert load_recipe(text).x == 3
+    assert os.path.exists(text)

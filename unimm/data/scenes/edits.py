@@ -1,0 +1,123 @@
+"""Instructions that change one thing in a scene, and the scene after it: for training and scoring.
+
+Everything that is not spoken of stays where it is to the last digit, jitter included.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from .language import phrase, pick
+from .references import refer
+from .sampling import fits, jitter
+from .world import SPLITS, Object, Scene, World, get_world, is_held_out
+
+EDITS = ("recolor", "remove", "add", "reshape", "resize", "background")
+
+_SAYINGS = {
+    "recolor": (
+        "make the {it} {new}",
+        "change the color of the {it} to {new}",
+        "paint the {it} {new}",
+    ),
+    "remove": ("remove the {it}", "delete the {it}", "take away the {it}"),
+    "add": ("add {new}", "draw {new} as well", "put {new} somewhere"),
+    "reshape": (
+        "turn the {it} into {new}",
+        "change the {it} into {new}",
+        "replace the {it} with {new}",
+    ),
+    "resize": ("make the {it} {new}", "change the size of the {it} to {new}"),
+    "background": (
+        "make the background {new}",
+        "change the background to {new}",
+        "use a {new} background",
+    ),
+}
+_TRIES = 500
+_NEAR = 0.08  # how far an object may be from its place, in picture widths
+
+
+def edits(
+    world: str | World, scene: Scene, rng: np.random.Generator, *, split: str = "train"
+) -> tuple[str, Scene]:
+    """A random instruction and the scene after it.
+
+    With split "train" nothing in the new scene is held out; with "pairs" or "triples" it is held
+    out in that way. Raises ValueError when this scene has no such edit.
+    """
+    world = get_world(world)
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
+    for _ in range(_TRIES):
+        made = _edit(world, scene, rng, pick(EDITS, rng))
+        if made and (is_held_out(made[1]) or "train") == split:
+            return made
+    raise ValueError(f"no edit of this scene gives a scene of split {split!r}")
+
+
+def edit_holds(before: Scene, found: Scene, after: Scene) -> bool:
+    """Whether the scene found in an edited picture is the wanted one: shapes, colours, sizes,
+    background, and every object that was there before at its place. A new one may be anywhere."""
+    if found.background != after.background or len(found.objects) != len(after.objects):
+        return False
+    places = {(o.x, o.y) for o in before.objects}
+    kept = [o for o in after.objects if (o.x, o.y) in places]
+    added = [o for o in after.objects if (o.x, o.y) not in places]
+    left = list(found.objects)
+    for o in kept + added:
+        matches = [f for f in left if (f.shape, f.color, f.size) == (o.shape, o.color, o.size)]
+        if not matches:
+            return False
+        best = min(matches, key=lambda f: math.hypot(f.x - o.x, f.y - o.y))
+        if o in kept and math.hypot(best.x - o.x, best.y - o.y) > _NEAR:
+            return False
+        left.remove(best)
+    return True
+
+
+def _edit(
+    world: World, scene: Scene, rng: np.random.Generator, kind: str
+) -> tuple[str, Scene] | None:
+    """One edit of this kind, or None when a random try cannot be done or said."""
+    saying = pick(_SAYINGS[kind], rng)
+    if kind == "background":
+        ground = pick([b for b in world.backgrounds if b != scene.background], rng)
+        return saying.format(new=ground), replace(scene, background=ground)
+    if kind == "add":
+        o = _new_object(world, scene, rng)
+        if o is None:
+            return None
+        new = phrase((1, o.size, o.color, o.shape))
+        return saying.format(new=new), replace(scene, objects=(*scene.objects, o))
+
+    o = pick(scene.objects, rng)
+    it = refer(scene, o)
+    if it is None or (kind == "remove" and len(scene.objects) == 1):
+        return None
+    if kind == "remove":
+        return saying.format(it=it), replace(
+            scene, objects=tuple(p for p in scene.objects if p != o)
+        )
+    if kind == "recolor":
+        changed = replace(o, color=pick([c for c in world.colors if c != o.color], rng))
+        new = changed.color
+    elif kind == "reshape":
+        changed = replace(o, shape=pick([s for s in world.shapes if s != o.shape], rng))
+        new = phrase((1, None, None, changed.shape))
+    else:
+        changed = replace(o, size="large" if o.size == "small" else "small")
+        new = changed.size
+        if not fits(world, changed, [p for p in scene.objects if p != o]):
+            return None
+    objects = tuple(changed if p == o else p for p in scene.objects)
+    return saying.format(it=it, new=new), replace(scene, objects=objects)
+
+
+def _new_object(world: World, scene: Scene, rng: np.random.Generator) -> Object | None:
+    if len(scene.objects) == world.max_objects:
+        return None
+    size = pick(tuple(world.sizes), rng)
+    o = jitter(world, rng, pick(world.shapes, rng), pick(tuple(world.colors), rng), size)
+    return o if fits(world, o, scene.objects) else None
