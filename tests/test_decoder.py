@@ -210,6 +210,7 @@ def test_training_attention_is_the_same(packed):
     """Short bfloat16 training rows on a CPU take plain products instead of the fused kernel."""
     torch.manual_seed(0)
     decoder = Decoder(replace(TINY, kv_heads=4))
+    decoder.init_weights(std=0.2)
     x, positions = torch.randn(2, 12, TINY.dim), torch.arange(12)[None]
     mask = block_mask(torch.tensor([[0] * 12, [0] * 5 + [1] * 5 + [-1] * 2])) if packed else None
     with torch.autocast("cpu", torch.bfloat16):
@@ -217,7 +218,7 @@ def test_training_attention_is_the_same(packed):
         assert decoder.attention(x, torch.bfloat16, mask, None).func is plain_attention
         with torch.no_grad():
             fused = decoder(x, positions, mask)
-    torch.testing.assert_close(plain, fused, atol=0.03, rtol=0.03)
+    assert (plain - fused).abs().mean() < 0.01 * fused.abs().mean()
 
 
 @torch.no_grad()

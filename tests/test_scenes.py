@@ -3,6 +3,7 @@
 Answers are verified by a second, plain implementation in this file, on the words of the question.
 """
 
+import hashlib
 import io
 import re
 import subprocess
@@ -89,12 +90,11 @@ def test_what_is_held_out_never_changes():
         ("triangle", "red"),
         ("star", "yellow"),
     )
-    red, blue = S.Object("circle", "red", "small", 0, 0), S.Object("star", "blue", "small", 0, 0)
-    known = [S.held_out_triple(red, r, blue) for r in S.RELATIONS]
-    assert known == KNOWN_TRIPLES
-
-
-KNOWN_TRIPLES = [False, False, False, False]
+    world = S.get_world("scenes")
+    objects = [S.Object(s, c, "small", 0, 0) for s, c in world.pairs[False][::5]]
+    held = [S.held_out_triple(a, r, b) for a in objects for r in S.RELATIONS for b in objects]
+    digest = hashlib.sha256(repr((world.pairs[True], held)).encode()).hexdigest()
+    assert digest[:16] == "b521ed9880eccb71"
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -220,7 +220,7 @@ def test_drawing_is_the_same_everywhere_and_at_every_size():
         "r = np.random.default_rng(7); h = hashlib.sha256()\n"
         "for _ in range(5):\n"
         "    s = S.sample_scene('scenes', r); h.update(S.render(s).tobytes())\n"
-        "    h.update(repr(S.questions(s, r)).encode()); h.update(S.edits('scenes', s, r)[0].encode())\n"
+        "    h.update(repr((S.questions(s, r), S.edits('scenes', s, r))).encode())\n"
         "import sys; assert 'torch' not in sys.modules; print(h.hexdigest())"
     )
     environments = [{"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)} for seed in "12"]
@@ -263,7 +263,8 @@ def test_every_sentence_is_understood_and_true(world):
 @pytest.mark.parametrize(
     "text, groups, relations, background",
     [
-        ("A red circle left of a blue star.", [(1, "red", "circle"), (1, "blue", "star")], "left of", 0),
+        ("A red circle left of a blue star.",
+         [(1, "red", "circle"), (1, "blue", "star")], "left of", 0),
         ("three red circles", [(3, "red", "circle")], None, 0),
         ("Draw 3 red discs, please", [(3, "red", "circle")], None, 0),
         ("a ring on a grey background", [(1, None, "ring")], None, "gray"),
@@ -295,11 +296,13 @@ def test_satisfies_is_strict():
     a = S.Object("circle", "red", "small", 0.2, 0.5)
     scene = S.Scene((a, replace(a, x=0.5), S.Object("star", "blue", "large", 0.8, 0.5)), "white")
     for text in ("two red circles and a blue star", "two circles left of a star",
-                 "a circle, a red circle and a star", "a large star and two small circles on white"):  # fmt: skip
+                 "a circle, a red circle and a star",
+                 "a large star and two small circles on white"):  # fmt: skip
         assert S.satisfies(scene, S.parse(text)), text
     for text in ("a red circle and a blue star", "three red circles", "two circles and two stars",
                  "two red circles", "two circles right of a star", "two circles and a small star",
-                 "two circles and a star on a gray background", "two blue circles and a star"):  # fmt: skip
+                 "two circles and a star on a gray background",
+                 "two blue circles and a star"):  # fmt: skip
         assert not S.satisfies(scene, S.parse(text)), text
     assert not S.complete(S.parse("two circles and a blue star on a white background"), scene)
     assert not S.complete(S.parse("two red circles and a blue star"), scene)
@@ -396,10 +399,12 @@ def true_answer(q, scene):
         names = " ".join(w for w in text.split() if w not in ("small", "large"))
         shapes = "|".join(S.get_world("scenes").shapes)
         return things(scene, re.search(rf"the ((?:\w+ )?(?:{shapes}))\b", names)[1])[0].size
+    if q.type == "comparison" and ("larger" in text or "bigger" in text):
+        names = re.search(r"the (.+) or the (.+?)(?: larger)?$", text).groups()
+        (large,) = [n for n in names if [o.size for o in things(scene, n)] == ["large"]]
+        return large
     if q.type == "comparison":
-        a, b = re.search(r"(?:the|more|,) ?(?:the )?(\w+) or (?:the |more )?(\w+)", text).groups()
-        if "larger" in text or "bigger" in text:
-            return max(things(scene, a) + things(scene, b), key=lambda o: o.size == "large").shape
+        a, b = re.search(r"(?:more|,) (\w+) or (?:more )?(\w+)", text).groups()
         return a if len(things(scene, a)) > len(things(scene, b)) else b
     one, two = scene.objects
     if text.startswith("where"):
@@ -460,7 +465,7 @@ def test_normalize_answer():
 @pytest.mark.parametrize("world", WORLDS)
 def test_edits_change_exactly_one_thing(world):
     rng = np.random.default_rng(12)
-    changes = Counter()
+    changes, w = Counter(), S.get_world("scenes")
     for before, _, _ in sample(world, 500, seed=12, split="train"):
         instruction, after = S.edits(world, before, rng)
         gone = [o for o in before.objects if o not in after.objects]
@@ -488,10 +493,10 @@ def test_edits_change_exactly_one_thing(world):
                     before, S.Scene((*before.objects, moved), after.background), after
                 )
         if gone:  # what is spoken of is this object and no other
-            said = re.search(r"the (?:size of the |color of the )?(.+?)(?: \w+| with .+| into .+| to .+)?$",
-                             instruction.replace("the color of ", "").replace("the size of ", ""))[1]  # fmt: skip
-            meant = [w for w in said.split() if w in (gone[0].shape, gone[0].color, gone[0].size)]
-            assert things(before, " ".join(meant)) == gone, instruction
+            noun = f"(?:{'|'.join(w.shapes)})"
+            said = re.search(rf"the ((?:small |large )?(?:\w+ )?{noun})\b", instruction)[1]
+            meant = said.split(" the ")[-1]
+            assert things(before, meant) == gone, instruction
     assert set(changes) == {"background", "color", "shape", "size", "remove", "add"}
 
 
@@ -507,7 +512,7 @@ def test_edits_into_what_is_held_out():
 # ---------------------------------------------------------------------------- checker
 
 
-def near_misses(spec, world, scene, rng):
+def near_misses(spec, world, scene):
     """The spec with one thing changed, so that it is not true of the scene any more."""
     world = S.get_world(world)
     wrong = [replace(spec, background=b) for b in world.backgrounds if spec.background]
@@ -538,7 +543,8 @@ def test_the_checker_sees_what_is_there(world, quality):
         specs = [S.parse(p) for p in prompts]
         right += all(S.satisfies(found, spec) for spec in specs)
         for spec in specs:
-            misses = near_misses(spec, world, scene, rng)
+            misses = near_misses(spec, world, scene)
+            misses = [misses[i] for i in rng.permutation(len(misses))[:12]]
             total += len(misses)
             fooled += sum(S.satisfies(found, miss) for miss in misses)
         if len(found.objects) == len(scene.objects):
@@ -551,11 +557,11 @@ def test_the_checker_sees_what_is_there(world, quality):
     assert np.mean(off) < 0.005
 
 
-N_CHECKER = 400
+N_CHECKER = 300
 
 
 def test_the_checker_works_at_other_sizes_and_one_by_one():
-    for scene, _, _ in sample("scenes", 20, seed=15):
+    for scene, _, _ in sample("scenes", 16, seed=15):
         spec = S.parse(S.describe(scene))
         for size in (64, 128, 256):
             assert S.check(S.render(scene, size), spec)
@@ -578,7 +584,8 @@ def test_the_checker_rejects_what_is_no_shape():
         return [o.shape for o in S.look(np.asarray(image)).objects]
 
     assert found(lambda d: d.rectangle((20, 20, 42, 42), outline=red, width=2)) == ["unknown"]
-    assert found(lambda d: d.polygon([(20, 20), (40, 20), (40, 25), (26, 25), (26, 42), (20, 42)], fill=red)) == ["unknown"]  # fmt: skip
+    corner = [(20, 20), (40, 20), (40, 25), (26, 25), (26, 42), (20, 42)]
+    assert found(lambda d: d.polygon(corner, fill=red)) == ["unknown"]
     assert found(lambda d: d.rectangle((20, 20, 22, 21), fill=red)) == []
     assert found(lambda d: d.rectangle((10, 10, 52, 52), fill=red)) == ["unknown"]
 

@@ -106,7 +106,7 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
     if not (pieces / "config.json").exists():
         assemble(
             pieces, config, words, codebook, seeing / "vision.safetensors", pixels,
-            {"guidance": 2.0, "edit_guidance": 1.0}, seed,
+            {"guidance": 2.0, "edit_guidance": 1.0, "world": world.name}, seed,
         )  # fmt: skip
     shown = {"prompts": preview_prompts(world.name, 32)}
     stage0 = run("stage0", "stage0_text.py", init=str(pieces))

@@ -20,6 +20,7 @@ _EDGE = 40.0  # how far from the background (Euclidean, RGB) the pixels of an ob
 _SPECK = 0.0025  # regions under this share of the picture are noise
 _MISFIT = 0.10  # squared error of the mask over its energy, above which it is none of the shapes
 _OFF_COLOR = 100.0  # distance from every named colour above which it has none
+_MIXED = 0.2  # share of the energy that is not of the one colour, above which it is several
 _OFF_SIZE = 1.25  # how far the radius may be outside the range of the world's sizes
 _GRID, _REACH = 20, 1.05  # the canonical mask: cells, and half its width in units of sqrt(area)
 _BLURS = 2  # templates are kept sharp and blurred this many times by a pixel's width
@@ -153,6 +154,7 @@ def _objects(
     """Name what is in each window. crop (M, 3, S, S), center (M, 2), ground (M, 3)."""
     templates, shape_of, unit_area, shift = _templates(world.name)
     paint, alpha = _soft(crop)
+    mixed = _residual(crop, paint, alpha)
     color, off_color = _nearest(ground + paint, world.colors)
     masks, area, middle = _canonical(alpha)
     error = 1 + (templates.square().sum(1) - 2 * masks @ templates.T) / masks.square().sum(1, True)
@@ -161,7 +163,7 @@ def _objects(
     place = (center + 0.5 + middle) / world.image_size - shift[best] * radius[:, None]
     sizes = torch.tensor(list(world.sizes.values()))
     size = (radius[:, None] / sizes).log().abs().argmin(1)
-    bad = (misfit > _MISFIT) | (off_color > _OFF_COLOR)
+    bad = (misfit > _MISFIT) | (off_color > _OFF_COLOR) | (mixed > _MIXED)
     bad |= (radius > sizes.max() * _OFF_SIZE) | (radius < sizes.min() / _OFF_SIZE)
     colors, names = tuple(world.colors), tuple(world.sizes)
     return [
@@ -185,6 +187,12 @@ def _soft(crop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         :, None, None
     ]
     return paint, along.clamp(0, 1)
+
+
+def _residual(crop: torch.Tensor, paint: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """How much of each region (M, 3, S, S) is not `alpha` times its one colour: 0..1 (M,)."""
+    rest = crop - alpha[:, None] * paint[:, :, None, None]
+    return rest.square().sum((1, 2, 3)) / crop.square().sum((1, 2, 3)).clamp(min=1)
 
 
 def _canonical(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

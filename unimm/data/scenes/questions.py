@@ -118,9 +118,15 @@ def open_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
             answer = plural(a if shapes[a] > shapes[b] else b)
             ask("comparison", _MORE_OF, answer, a=plural(a), b=plural(b))
     for a, b in two_of(named(scene), rng):
-        if a.size != b.size and a.shape != b.shape:
-            big = a if a.size == "large" else b
-            ask("comparison", _WHICH_BIGGER, big.shape, a=a.shape, b=b.shape)
+        if a.size != b.size:
+            first, second = (refer(scene, o, size=False, rng=rng) or "" for o in (a, b))
+            ask(
+                "comparison",
+                _WHICH_BIGGER,
+                first if a.size == "large" else second,
+                a=first,
+                b=second,
+            )
     return found
 
 
