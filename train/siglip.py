@@ -2,7 +2,8 @@
 
 unimm train train/siglip.py options.text_tokenizer=runs/text/tokenizer.json out=runs/siglip
 
-64 px pictures give 64 features of width 192. Cost and retrieval reached: see the end of this file.
+64 px pictures give 64 features of width 192. Cost: 1.5 s of one core a step of 256 pairs (bf16).
+The log shows retrieval among 512 pairs (chance: 0.2 %); figures reached are in train/README.md.
 """
 
 from unimm.config import Run, Source
@@ -26,12 +27,12 @@ config = Run(
             "dim": 192,
             "layers": 6,
             "heads": 3,
-            "hidden": 768,
+            "hidden": 512,
             "image_size": 64,
             "patch_size": 8,
         },
         "text_dim": 192,
-        "text_layers": 3,
+        "text_layers": 2,
         "text_heads": 3,
         "embed_dim": 192,
         "previews": 512,

@@ -138,7 +138,7 @@ def collate_pairs(items: Sequence[dict[str, Any]], tokenizer: Any) -> Pairs:
 
 DEFAULTS: dict[str, Any] = {
     "text_dim": 192,
-    "text_layers": 3,
+    "text_layers": 2,
     "text_heads": 3,
     "embed_dim": 192,
     "previews": 512,  # pairs among which retrieval is measured
