@@ -1,4 +1,4 @@
-"""The command line on a tiny model: what works, what is refused, and that nothing is left behind."""
+"""The command line on a tiny model: what works, what is refused, that nothing is left behind."""
 
 import json
 import os

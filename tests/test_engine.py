@@ -6,7 +6,7 @@ from conftest import tiny_model
 
 from unimm.data.processor import assistant, user
 from unimm.inference.engine import Engine, Request
-from unimm.inference.sampling import Settings, choose, gumbel, guide, keep_likely
+from unimm.inference.sampling import Settings, choose, guide, gumbel, keep_likely
 from unimm.model.unified import CODE, TEXT
 
 PROMPTS = ["a red circle", "a blue star above a green ring", "x"]

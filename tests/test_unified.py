@@ -24,7 +24,7 @@ def test_slots_of_a_drawing(tiny, picture):
     assert (s.ids[begin + 1 : begin + 17] == codes).all()
     assert (s.kind[begin + 1 : begin + 17] == CODE).all()
     assert s.ids[begin + 17 :].tolist() == [t.end_image, t.end_of_turn]
-    assert (s.score[: begin] == 0).all() and (s.score[begin:] == 1).all()  # and the first code
+    assert (s.score[:begin] == 0).all() and (s.score[begin:] == 1).all()  # and the first code
 
 
 def test_patches_and_prompts_are_never_scored(picture):
@@ -78,9 +78,10 @@ def test_padding_changes_nothing(tiny, picture):
     model, processor = tiny
     short = processor.encode([user("hi"), assistant("yes")])
     long = drawing(processor, picture)
-    alone = model(processor.collate([short]), total=1.0).loss + model(
-        processor.collate([long]), total=1.0
-    ).loss
+    alone = (
+        model(processor.collate([short]), total=1.0).loss
+        + model(processor.collate([long]), total=1.0).loss
+    )
     together = model(processor.collate([short, long]), total=1.0).loss
     assert torch.isclose(alone, together, rtol=1e-5)
 

@@ -23,7 +23,7 @@ config = Run(
     schedule="linear",
     options={
         "image_size": 64,
-        "codebook_size": 512,
+        "codebook_size": 1024,
         "code_dim": 8,
         "z_channels": 64,
         "base_channels": 32,

@@ -35,8 +35,10 @@ SIZES: dict[str, dict[str, Any]] = {
         pictures=100_000,
         edits=40_000,
         decoder=dict(dim=320, layers=8, heads=5, kv_heads=5, head_dim=64, hidden=896),
-        vision=dict(dim=192, layers=6, heads=3, hidden=768, patch_size=8),
-        steps=dict(image_tokenizer=2_400, siglip=1_000, stage0=600, stage1=300, stage2=3_000, stage3=1_500),
+        vision=dict(dim=192, layers=6, heads=3, hidden=512, patch_size=8),
+        steps=dict(
+            image_tokenizer=4_000, siglip=500, stage0=600, stage1=300, stage2=3_000, stage3=1_500
+        ),
         batch=dict(image_tokenizer=32, siglip=256, stage0=128, stage1=128, stage2=128, stage3=128),
     ),
     "quick": dict(
@@ -82,7 +84,9 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
     pictures = PictureStore.build(store, world.name, plan["pictures"], seed)
     changed = PictureStore.build(edits, world.name, plan["edits"], seed, edited=True)
     vision = VisionConfig(image_size=pixels, **plan["vision"])
-    codebook = run("image_tokenizer", "../tokenizers/train_image.py", options={"image_size": pixels})
+    codebook = run(
+        "image_tokenizer", "../tokenizers/train_image.py", options={"image_size": pixels}
+    )
     seeing = run(
         "siglip",
         "siglip.py",

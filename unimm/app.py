@@ -4,7 +4,11 @@ from typing import Any
 
 from unimm.pipeline import UniMM
 
-EXAMPLES = ["a red circle left of a blue star", "three green rings", "a small pink heart and a moon"]
+EXAMPLES = [
+    "a red circle left of a blue star",
+    "three green rings",
+    "a small pink heart and a moon",
+]
 SHOWN = 320  # side of a picture on the page, in pixels
 MAX_UPLOAD = "20mb"
 
@@ -66,9 +70,7 @@ def build(model: UniMM) -> Any:
                 ask_button = gr.Button("Ask", variant="primary")
                 caption_button = gr.Button("Describe")
                 answer = gr.Textbox(label="Answer", lines=2)
-            ask_button.click(
-                ask, [seen, question], answer, api_name="ask", concurrency_id="model"
-            )
+            ask_button.click(ask, [seen, question], answer, api_name="ask", concurrency_id="model")
             caption_button.click(
                 describe, [seen], answer, api_name="caption", concurrency_id="model"
             )

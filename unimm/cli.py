@@ -106,7 +106,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.json:
         check_writable(Path(args.json), folder=False)
     options = {} if args.n is None else {"n": args.n}
-    result = BENCHMARKS[args.benchmark]()(load(args), seeds=args.seeds, **options)
+    if args.guidance is not None:
+        options["guidance"] = args.guidance
+    run = BENCHMARKS[args.benchmark]()
+    result = run(load(args), seeds=args.seeds, blind=args.blind, **options)
     text = json.dumps(result, indent=1)
     if args.json:
         write_whole(Path(args.json), lambda path: path.write_text(text + "\n"))
@@ -120,7 +123,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    from unimm.checkpoints.native import describe
+    from unimm.pipeline import describe
 
     print(describe(args.model))
 
@@ -161,6 +164,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("benchmark", help="scenes")
     p.add_argument("--n", type=int, help="pictures a split to draw, and as many to ask about")
     p.add_argument("--seeds", type=int, default=1, help="how many seeds")
+    p.add_argument("--guidance", type=float, help="the model's own if absent")
+    p.add_argument("--blind", action="store_true", help="control: hide prompts and pictures")
     p.add_argument("--json", metavar="FILE", help="write the result there too")
     add_model(p)
     p = command("demo", demo, "open the demo in a browser")

@@ -135,10 +135,14 @@ def parse_value(text: str, like: Any, key: str) -> Any:
 def _replace(holder: Any, path: list[str], text: str, key: str) -> Any:
     """`holder` with the value at `path` replaced; dataclasses and dicts are copied on the way."""
     name, rest = path[0], path[1:]
-    known = holder if isinstance(holder, dict) else {
-        f.name: getattr(holder, f.name)
-        for f in (dataclasses.fields(holder) if dataclasses.is_dataclass(holder) else ())
-    }
+    known = (
+        holder
+        if isinstance(holder, dict)
+        else {
+            f.name: getattr(holder, f.name)
+            for f in (dataclasses.fields(holder) if dataclasses.is_dataclass(holder) else ())
+        }
+    )
     if name not in known:
         choices = ", ".join(sorted(map(str, known))) or "nothing"
         raise ValueError(f"unknown key {key!r}: {name!r} is not one of {choices}")

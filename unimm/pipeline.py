@@ -1,19 +1,19 @@
 """`UniMM`: what a user holds. One model that draws, captions, answers, edits and chats."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from unimm.checkpoints.native import load_model, save_model
+from unimm.checkpoints.native import load_model, read_config, save_model
 from unimm.data.images import open_image
 from unimm.data.processor import Message, Processor, to_picture, user
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.sampling import Settings
-from unimm.model.unified import CODE, UnifiedModel
+from unimm.model.unified import CODE, UnifiedConfig, UnifiedModel
 
 BUNDLED = Path(__file__).parent / "assets" / "scenes"
 BATCH = 16  # pictures drawn side by side
@@ -230,7 +230,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device is auto, cpu, cuda or mps, not {name!r}")
-    there = {
+    there: dict[str, Callable[[], bool]] = {
         "cpu": lambda: True,
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
@@ -238,3 +238,29 @@ def pick_device(name: str) -> torch.device:
     if not there[name]():
         raise ValueError(f"there is no device {name!r} on this machine: use device cpu")
     return torch.device(name)
+
+
+def describe(source: str | Path | None = None) -> str:
+    """What a model folder holds, in lines of text, from its configuration alone."""
+    folder = BUNDLED if source is None else Path(source)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = UnifiedModel(UnifiedConfig.from_dict(config["model"]))
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+    }
+    total = sum(p.numel() for p in model.parameters())
+    decoder, settings = model.config.decoder, config["processor"]
+    seen, drawn = settings["seen_size"], settings["drawn_size"]
+    lines = [
+        f"model         {folder}",
+        f"pathway       {model.config.pathway}",
+        f"decoder       {decoder.layers} layers, {decoder.dim} wide, {decoder.heads} heads, "
+        f"context {decoder.max_positions}",
+        f"sees          {seen} x {seen} pixels as {settings['seen_tokens']} patches",
+        f"draws         {drawn} x {drawn} pixels with {model.config.codebook_size} codes",
+        f"parameters    {total:,} (without the image tokenizer)",
+        *(f"  {name:<12}{count:,}" for name, count in parts.items()),
+        f"memory        {total * 4 / 1e6:.0f} MB in float32, {total * 2 / 1e6:.0f} MB in bfloat16",
+    ]
+    return "\n".join(lines)

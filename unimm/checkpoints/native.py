@@ -1,9 +1,9 @@
 """unimm's own format: a folder with config.json, model.safetensors and the two tokenizers.
 
-    config.json                 what the model is, the processor's settings, sampling defaults
-    model.safetensors           the weights of the unified model
-    image_tokenizer.*           the image tokenizer's configuration and weights
-    tokenizer.json              the text tokenizer, as Hugging Face tokenizers writes it
+config.json                 what the model is, the processor's settings, sampling defaults
+model.safetensors           the weights of the unified model
+image_tokenizer.*           the image tokenizer's configuration and weights
+tokenizer.json              the text tokenizer, as Hugging Face tokenizers writes it
 """
 
 import json
@@ -123,5 +123,3 @@ def _write(path: Path, write: Any) -> None:
     part = path.with_name(path.name + ".part")
     write(part)
     os.replace(part, path)
-
-

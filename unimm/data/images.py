@@ -22,7 +22,9 @@ def open_image(source: Any) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ValueError(f"an image array is uint8 (H, W, 3), not {source.dtype} {source.shape}")
+            raise ValueError(
+                f"an image array is uint8 (H, W, 3), not {source.dtype} {source.shape}"
+            )
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _upright_rgb(source)

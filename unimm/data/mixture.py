@@ -69,6 +69,7 @@ def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Iterator[An
 
     def work() -> None:
         for _ in range(count):
+            entry: tuple[Any, BaseException | None]
             try:
                 entry = (make(), None)
             except BaseException as error:

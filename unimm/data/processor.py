@@ -22,7 +22,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Template:
-    """Ids of the special tokens. They are not words of the text tokenizer, so no text holds them."""
+    """Ids of the special tokens: no words of the text tokenizer, so that no text holds them."""
 
     bos: int
     pad: int
@@ -142,9 +142,7 @@ class Processor:
     def unguided(self, sample: Sample) -> Sample:
         """The prompt without its words: user text becomes pad, at the same length and positions."""
         ids = np.where(sample.user_text, self.template.pad, sample.ids)
-        return Sample(
-            ids, sample.kind, sample.score, sample.user_text, sample.images, sample.draws
-        )
+        return Sample(ids, sample.kind, sample.score, sample.user_text, sample.images, sample.draws)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Right-padded rows; padding is never scored and, being on the right, never attended to."""
@@ -159,7 +157,11 @@ class Processor:
             images += [SeenImage(i.pixels, row, i.start, i.count) for i in s.images]
         positions = torch.arange(length).expand(shape)
         return Batch(
-            torch.from_numpy(ids), torch.from_numpy(kind), positions, torch.from_numpy(score), images
+            torch.from_numpy(ids),
+            torch.from_numpy(kind),
+            positions,
+            torch.from_numpy(score),
+            images,
         )
 
     def seen_pixels(self, image: Any) -> torch.Tensor:
@@ -184,7 +186,9 @@ class Processor:
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         cut = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
         if picture.size != (side, side):
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC, box=_within(cut, picture))
+            picture = picture.resize(
+                (side, side), Image.Resampling.BICUBIC, box=_within(cut, picture)
+            )
         return to_unit(np.asarray(picture))
 
     def codes(self, image: Any) -> np.ndarray:

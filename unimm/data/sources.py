@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
-    Scene,
     WORLDS,
+    Scene,
     describe,
     edits,
     from_array,
@@ -30,7 +30,12 @@ from unimm.data.scenes import (
     yes_no_pairs,
 )
 
-ASK_CAPTION = ("describe the picture", "what is in the picture?", "what do you see?", "caption this")
+ASK_CAPTION = (
+    "describe the picture",
+    "what is in the picture?",
+    "what do you see?",
+    "caption this",
+)
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
 
 
@@ -191,9 +196,7 @@ def scenes_edits(run: Any, store: str) -> Made:
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(rng.integers(len(pictures.instructions)))
         before = {**pictures.image(2 * k), "view": BOTH}
-        return _talk(
-            user(before, pictures.instructions[k]), assistant(pictures.image(2 * k + 1))
-        )
+        return _talk(user(before, pictures.instructions[k]), assistant(pictures.image(2 * k + 1)))
 
     return Made(make, (run.seed, 5))
 

@@ -1,4 +1,4 @@
-"""The Scenes benchmark: GenEval's six tasks scored by a checker, and understanding as MME scores it.
+"""The Scenes benchmark: GenEval's six tasks by a checker, and understanding as MME scores it.
 
 Held-out figures are about combinations that no training picture or text held: "pairs" (a shape in
 a colour) and "triples" (an object, a relation, another object). Blind controls see no prompt or
@@ -36,13 +36,14 @@ from unimm.inference.engine import Request
 from unimm.inference.sampling import Settings
 from unimm.pipeline import UniMM, edit_messages
 
+HEADS = {"generation": TASKS, "understanding": ("yes_no",), "edits": ("edit",)}
 SPLITS = {"held_out": ("pairs", "triples"), "seen": ("train",)}
 BATCH = 32
 
 
 @dataclass
 class Protocol:
-    """What a score depends on, kept beside it. n: pictures of each split to draw, and to ask about."""
+    """What a score depends on. n: pictures of a split to draw, and about as many to ask about."""
 
     n: int = 300
     seeds: int = 1
@@ -81,7 +82,8 @@ def evaluate(
     """All scores of a model on Scenes, in 0..1, means over `seeds` runs on different scenes.
 
     `blind`: the control, which draws without the prompt's words and answers about a grey picture.
-    Returns {"held_out": {"generation": …, "understanding": …, "edits": …}, "seen": …, "protocol": …}.
+    Returns {"held_out": {"generation": …, "understanding": …, "edits": …}, "seen": {…},
+    "protocol": {…}}.
     """
     default = model.sampling.get("guidance", 1.0)
     protocol = Protocol(
@@ -118,16 +120,16 @@ def one_seed(model: UniMM, protocol: Protocol, seed: int) -> dict[str, Any]:
         for group in SPLITS.values()
         for split in group
     }
-    splits = {split: {k: summary(k, [t]) for k, t in tally.items()} for split, tally in tallies.items()}
+    splits = {
+        split: {k: summary(k, [t]) for k, t in tally.items()} for split, tally in tallies.items()
+    }
     scores = {
-        name: {
-            kind: summary(kind, [tallies[split][kind] for split in group])
-            for kind in ("generation", "understanding", "edits")
-        }
+        name: {kind: summary(kind, [tallies[split][kind] for split in group]) for kind in HEADS}
         for name, group in SPLITS.items()
     }
     counts = {
-        split: {kind: dict(t.asked) for kind, t in tally.items()} for split, tally in tallies.items()
+        split: {kind: dict(t.asked) for kind, t in tally.items()}
+        for split, tally in tallies.items()
     }
     return {"scores": scores, "splits": splits, "counts": counts}
 
@@ -152,7 +154,7 @@ def score_generation(model: UniMM, protocol: Protocol, split: str, seed: int) ->
 
 
 def score_understanding(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tally:
-    """Captions, yes/no pairs (MME: accuracy, and accuracy+ when both are right) and open answers."""
+    """Captions, open answers, and yes/no pairs (MME: accuracy; accuracy+ when both are right)."""
     world, tally = WORLDS[protocol.world], Tally()
     asked: list[tuple[Any, str]] = []
     marks: list[tuple[str, Any]] = []
@@ -164,7 +166,7 @@ def score_understanding(model: UniMM, protocol: Protocol, split: str, seed: int)
             picture = np.full_like(picture, 127)
         asked.append((picture, "describe the picture"))
         marks.append(("caption", scene))
-        for question in _chosen(scene, rng):
+        for question in _chosen(scene, protocol.world, rng):
             asked.append((picture, question.text))
             marks.append((question.type, question))
     answers = model.ask_all(asked)
@@ -201,7 +203,7 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     settings = Settings(protocol.edit_guidance, protocol.temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
     for (before, _, after), picture in zip(jobs, pixels, strict=True):
-        tally.add("edit", edit_holds(before, look(picture, protocol.world), after))
+        tally.add("edit", edit_holds(before, _seen(picture, protocol), after))
     return tally
 
 
@@ -263,7 +265,7 @@ def interval(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Half-widths of 95 % intervals of the headline figures, from the number asked (binomial)."""
     widths = {}
     for group, splits in SPLITS.items():
-        for kind, names in (("generation", TASKS), ("understanding", ("yes_no",)), ("edits", ("edit",))):
+        for kind, names in HEADS.items():
             p = float(np.mean([run["scores"][group][kind]["overall"] for run in runs]))
             asked = sum(
                 run["counts"][split][kind].get(name, 0)
@@ -275,14 +277,20 @@ def interval(runs: list[dict[str, Any]]) -> dict[str, float]:
     return widths
 
 
-def _chosen(scene: Scene, rng: np.random.Generator) -> list[Any]:
+def _chosen(scene: Scene, world: str, rng: np.random.Generator) -> list[Any]:
     """Two yes/no pairs and two open questions about a scene."""
-    questions = yes_no_pairs(scene, rng)
+    questions = yes_no_pairs(scene, rng, world)
     ids = list(dict.fromkeys(q.pair for q in questions))
     kept = {ids[k] for k in rng.permutation(len(ids))[:2]}
     open_ones = open_questions(scene, rng)
     picked = [open_ones[k] for k in rng.permutation(len(open_ones))[:2]]
     return [q for q in questions if q.pair in kept] + picked
+
+
+def _seen(picture: np.ndarray, protocol: Protocol) -> Scene:
+    found = look(picture, protocol.world)
+    assert isinstance(found, Scene)
+    return found
 
 
 def _split_key(split: str) -> int:

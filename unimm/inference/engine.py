@@ -66,10 +66,10 @@ class Engine:
 
     def run(self, requests: Sequence[Request], settings: Settings) -> list[Answer]:
         """All requests to their end."""
-        answers: list[Answer] = []
+        last: list[Answer] = []
         for answers in self.stream(requests, settings):
-            pass
-        return answers
+            last = answers
+        return last
 
     @torch.inference_mode()
     def stream(self, requests: Sequence[Request], settings: Settings) -> Iterator[list[Answer]]:
@@ -180,15 +180,11 @@ class _Rows:
         if not rows:
             return []
         logits = self.model.logits(self._pick(hidden, rows), TEXT).float()
-        never = [
-            self.never["any" if self._may_draw(i) else "text"].to(self.device) for i in rows
-        ]
+        never = [self.never["any" if self._may_draw(i) else "text"].to(self.device) for i in rows]
         logits = logits.masked_fill(torch.stack(never), -torch.inf)
         positions = torch.tensor([self.written[i] for i in rows], device=self.device)
         seeds = self._pick(self.seeds, rows)
-        return choose(
-            logits, seeds, positions, self.settings.text_temperature, stream=1
-        ).tolist()
+        return choose(logits, seeds, positions, self.settings.text_temperature, stream=1).tolist()
 
     def _note_word(self, i: int, word: int) -> None:
         answer = self.answers[i]

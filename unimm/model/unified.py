@@ -81,7 +81,7 @@ class Batch:
     segment: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }

@@ -98,4 +98,3 @@ def save_grid(pictures: Tensor, path: Path, columns: int) -> None:
         top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
         sheet[:, top : top + height, left : left + width] = picture
     to_picture(sheet).save(path)
-

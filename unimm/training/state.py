@@ -69,9 +69,9 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def _moments(model: nn.Module, optimizers: dict[str, Optimizer]) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{title}/{names[parameter]}/{key}": value.contiguous()
+        f"{title}/{name}/{key}": value.contiguous()
         for title, optimizer in optimizers.items()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        for parameter, name in names.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }

@@ -232,9 +232,7 @@ class Log:
             return
         steps, seconds = step - self.last_step, time.perf_counter() - self.clock
         waiting = self.sums.pop("waiting", [0.0])[0]
-        means = {
-            key: total / (count or steps) for key, (total, count) in self.sums.items()
-        }
+        means = {key: total / (count or steps) for key, (total, count) in self.sums.items()}
         means |= {"seconds_a_step": seconds / steps, "waiting": waiting / seconds}
         self.write(step, means)
         self.sums, self.last_step, self.clock = {}, step, time.perf_counter()
