@@ -208,7 +208,6 @@ class Codebook(nn.Module):
         """Vectors (..., d) -> int64 codes (...): exact, at most `products` products at once."""
         rows = self.embedding.weight.float()
         x = latents.reshape(-1, rows.shape[1]).float()
-        x = F.normalize(x, dim=-1) if self.cosine else x
         # argmin |x - row|^2 = argmax x.row - |row|^2 / 2; for rows of unit length, x.row alone
         bias = None if self.cosine else rows.square().sum(-1) / -2  # (K,)
         with torch.autocast(x.device.type, enabled=False):
