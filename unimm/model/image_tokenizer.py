@@ -395,7 +395,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """F.rms_norm over the last dimension; backward is 6 times faster on a CPU in bf16."""
+    """F.rms_norm over the last dimension; in training 6 times faster on a CPU in bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

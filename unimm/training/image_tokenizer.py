@@ -46,8 +46,8 @@ class VQTraining:
 class TokenizerTraining(nn.Module):
     """A `VQTokenizer` with the quantizer and the discriminator that train it.
 
-    `spread` gives each dimension of the latents mean 0 and variance 1. Without it commitment draws
-    all latents to one small region, where the decoder can hardly tell the codes apart.
+    `spread` gives each dimension of the latents mean 0 and variance 1, so that no quantizer depends
+    on the scale that the encoder happens to have; `export` folds it into the last convolution.
     """
 
     pictures: Tensor
@@ -90,8 +90,8 @@ class TokenizerTraining(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Convolutions that keep the variance and add nothing: with torch's own, latents of all
-    pictures point the same way at first, and a few codes take everything."""
+    """Convolutions that keep the variance and add nothing. With torch's own the first latents are
+    almost equal for all pictures, and short trainings stalled there."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0, module.weight[0].numel() ** -0.5)
         if module.bias is not None:

@@ -1,5 +1,6 @@
 """Training of the unified model: the next-token step, and what a run of it sets up."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ def setup_unified(run: Run) -> Parts:
     model, processor, sampling = load_model(run.init)
     if run.options.get("code_rows_only"):
         model.train_code_rows_only()
+    if run.compile and has_compiler():
+        for layer in model.decoder.layers:
+            layer.compile(dynamic=True)
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Sample:
         return drop_prompt(processor.encode(item["messages"]), processor, run.drop_prompt, rng)
@@ -47,7 +51,8 @@ def setup_unified(run: Run) -> Parts:
     def preview(folder: Path, step: int) -> dict[str, float] | None:
         prompts = run.options.get("prompts")
         if prompts and processor.image_tokenizer is not None:
-            pictures = draw(model, processor, prompts, run.options.get("guidance", 2.0))
+            with torch.compiler.set_stance("force_eager"):
+                pictures = draw(model, processor, prompts, run.options.get("guidance", 2.0))
             save_grid(pictures, folder / f"preview-{step:06d}.png", columns=8)
         return None
 
@@ -59,6 +64,12 @@ def setup_unified(run: Run) -> Parts:
         prepare,
         len,
     )
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can work here: on a CPU it needs a C++ compiler."""
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return not on_cpu or any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def drop_prompt(

@@ -58,7 +58,9 @@ def train(run: Run) -> Path:
     (out / "run.json").write_text(json.dumps(run.record(), indent=1))
 
     set_seed(run.seed)
-    accelerator = Accelerator(mixed_precision="bf16" if run.precision == "bf16" else "no")
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    precision = "bf16" if run.precision == "bf16" else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)  # several CPUs: by torchrun
     parts = setup(run)
     optimizers = make_optimizers(parts.model, run)
     start = load_checkpoint(out, parts.model, optimizers)
