@@ -40,9 +40,9 @@ SIZES: dict[str, dict[str, Any]] = {
         decoder=dict(dim=320, layers=8, heads=5, kv_heads=5, head_dim=64, hidden=896),
         vision=dict(dim=192, layers=6, heads=3, hidden=512, patch_size=8),
         steps=dict(
-            image_tokenizer=4_000, siglip=500, stage0=300, stage1=150, stage2=1_500, stage3=600
+            image_tokenizer=4_000, siglip=500, stage0=200, stage1=80, stage2=900, stage3=400
         ),
-        batch=dict(image_tokenizer=32, siglip=256, stage0=128, stage1=128, stage2=128, stage3=128),
+        batch=dict(image_tokenizer=32, siglip=256, stage0=64, stage1=128, stage2=128, stage3=128),
     ),
     "quick": dict(
         world="scenes-mini",

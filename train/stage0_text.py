@@ -19,8 +19,8 @@ config = Run(
     data={"text": Source(scenes_text, options={"world": "scenes"})},
     steps=1_000,
     batch_size=128,
-    accumulate=4,
-    warmup=100,
+    accumulate=2,
+    warmup=30,
     schedule="cosine",
     options={"prompts": [], "guidance": 2.0, "code_rows_only": False},
 )

@@ -22,7 +22,7 @@ config = Run(
     },
     steps=500,
     batch_size=128,
-    accumulate=4,
-    warmup=50,
+    accumulate=2,
+    warmup=10,
     options={"prompts": [], "guidance": 2.0, "code_rows_only": False},
 )

@@ -25,8 +25,8 @@ config = Run(
     },
     steps=3_000,
     batch_size=128,
-    accumulate=4,
-    warmup=100,
+    accumulate=2,
+    warmup=50,
     schedule="constant",
     options={"prompts": [], "guidance": 2.0, "code_rows_only": False},
 )

@@ -33,7 +33,7 @@ config = Run(
     },
     steps=1_500,
     batch_size=128,
-    accumulate=4,
+    accumulate=2,
     warmup=0,
     schedule="cosine",
     options={"prompts": [], "guidance": 2.0, "code_rows_only": False},

@@ -63,7 +63,7 @@ class Run:
     seed: int = 0
     log_every: int = 20
     preview_every: int = 500
-    save_every: int = 250
+    save_every: int = 100
     options: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:

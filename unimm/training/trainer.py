@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,13 @@ def train(run: Run) -> Path:
         batches = log.timed("waiting", lambda: next(ahead))
         total = sum(count(batch, run) for batch in batches)
         total = float(accelerator.reduce(torch.tensor(total, device=accelerator.device)))
-        for batch in batches:
+        for piece, batch in enumerate(batches):
             batch = send_to_device(batch, accelerator.device)
-            for name, loss, metrics in run.step(model, batch, total, run):
-                accelerator.backward(loss * ranks)  # DDP averages; the loss is a share of a sum
-                log.add(name, float(loss.detach()), metrics)
+            last = piece == len(batches) - 1  # ranks exchange gradients once a step
+            with nullcontext() if last else accelerator.no_sync(model):
+                for name, loss, metrics in run.step(model, batch, total, run):
+                    accelerator.backward(loss * ranks)  # DDP averages; ours is a share of a sum
+                    log.add(name, float(loss.detach()) * ranks, metrics)
         for name, optimizer in optimizers.items():
             log.add(name, None, {f"{name}_gradient": clip(optimizer, run.clip)})
             optimizer.step()

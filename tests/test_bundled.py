@@ -1,0 +1,115 @@
+"""The bundled model as a user meets it: it draws, says and changes what was asked for; the README runs."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unimm import UniMM
+from unimm.data.scenes import check, parse
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UniMM.from_pretrained()
+
+
+def test_it_is_small_and_plain():
+    folder = ROOT / "unimm/assets/scenes"
+    files = [path for path in folder.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".png"}
+
+
+def test_a_picture_and_a_caption_in_time(model):
+    model.generate("a red circle")
+    start = time.perf_counter()
+    picture = model.generate("a blue star", seed=1)
+    drawn = time.perf_counter()
+    caption = model.caption(picture)
+    said = time.perf_counter()
+    assert drawn - start < 2 * slack() and said - drawn < 0.5 * slack()
+    assert parse(caption) is not None, caption
+
+
+def slack() -> float:
+    """Room for a machine that has other work to do."""
+    return 3.0 if os.environ.get("CI") else 2.0
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert (tmp_path / "partial.png").exists()
+
+
+def test_readme_commands_exist(tmp_path, monkeypatch, capsys):
+    """Every `unimm` line of the README that needs no training runs as written."""
+    from unimm.cli import dispatch
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    lines = re.findall(r"^unimm (\w+) (.*)$", (ROOT / "README.md").read_text(), re.M)
+    import shlex
+
+    ran = 0
+    for command, rest in lines:
+        if command in ("generate", "caption", "ask", "edit"):
+            dispatch([command, *shlex.split(rest, comments=True)])
+            ran += 1
+    assert ran >= 6
+    assert (tmp_path / "edited.png").exists()
+
+
+def test_batches_of_the_bundled_model_equal_single_calls(model):
+    prompts = ["a red circle left of a blue star", "three green rings"]
+    together = model.generate(prompts, seed=5)
+    for k, prompt in enumerate(prompts):
+        single = model.generate(prompt, seed=5 + k)
+        assert np.array_equal(np.asarray(together[k]), np.asarray(single))
+
+
+def test_it_draws_far_better_than_chance(model):
+    """Of 40 one-object prompts at least a fifth is right; a random picture never is."""
+    colors = ("red", "green", "blue", "yellow", "black")
+    shapes = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
+    prompts = [f"a {c} {s}" for c in colors for s in shapes]
+    pictures = model.generate(prompts, seed=0)
+    right = [check(np.asarray(i), p, "scenes") for i, p in zip(pictures, prompts, strict=True)]
+    shifted = prompts[1:] + prompts[:1]
+    wrong = [check(np.asarray(i), p, "scenes") for i, p in zip(pictures, shifted, strict=True)]
+    assert sum(right) >= 8 > 4 * sum(wrong), (sum(right), sum(wrong))
+
+
+def test_it_says_what_it_sees(model):
+    from unimm.data.scenes import WORLDS, render, sample_scene, yes_no_pairs
+
+    asked, truth = [], []
+    for k in range(24):
+        rng = np.random.default_rng((5, k))
+        scene = sample_scene(WORLDS["scenes"], rng, count=1)
+        for question in yes_no_pairs(scene, rng, "scenes")[:4]:
+            asked.append((render(scene, 64), question.text))
+            truth.append(question.answer)
+    answers = model.ask_all(asked)
+    right = sum(a == t for a, t in zip(answers, truth, strict=True))
+    assert right / len(truth) > 0.65, right / len(truth)  # chance is 0.5: 3.0 standard deviations
+
+
+def test_the_prompt_and_the_picture_matter(model):
+    sample = model.processor.encode([{"role": "user", "content": "a red circle"}], answer="image")
+    hidden = []
+    for s in (sample, model.processor.unguided(sample)):
+        batch = model.processor.collate([s])
+        with torch.inference_mode():
+            hidden.append(model.model.decoder(model.model.embed(batch), batch.positions)[0, -1])
+    assert (hidden[0] - hidden[1]).abs().max() > 0.1
