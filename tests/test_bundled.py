@@ -1,4 +1,4 @@
-"""The bundled model as a user meets it: it draws, says and changes what was asked for; the README runs."""
+"""The bundled model as a user meets it: it draws, says and changes things, and the README runs."""
 
 import os
 import re

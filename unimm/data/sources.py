@@ -80,7 +80,7 @@ class PictureStore:
                     words.append(instruction)
                     made = [before, after]
                 for offset, scene in enumerate(made):
-                    pictures[k + offset] = render(scene, size)
+                    pictures[k + offset] = render(scene, world)
                     scenes.append(to_array(scene))
             np.save(folder / "scenes.npy", np.stack(scenes))
             if edited:

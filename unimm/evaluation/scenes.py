@@ -161,7 +161,7 @@ def score_understanding(model: UniMM, protocol: Protocol, split: str, seed: int)
     for k in range(max(1, protocol.n // (2 if split != "train" else 1))):
         rng = np.random.default_rng((seed, 77, k, _split_key(split)))
         scene = sample_scene(world, rng, split=split)
-        picture = render(scene, world.image_size)
+        picture = render(scene, world)
         if protocol.blind:
             picture = np.full_like(picture, 127)
         asked.append((picture, "describe the picture"))
@@ -197,8 +197,7 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
         rng = np.random.default_rng((seed, 55, k, _split_key(split)))
         jobs.append(sample_edit(protocol.world, rng, split))
     talks = [
-        edit_messages(render(before, world.image_size), words, model.processor)
-        for before, words, _ in jobs
+        edit_messages(render(before, world), words, model.processor) for before, words, _ in jobs
     ]
     settings = Settings(protocol.edit_guidance, protocol.temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)

@@ -1,0 +1,142 @@
+"""The Scenes benchmark: an oracle gets everything, a liar nothing, and the protocol is kept."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+import unimm.evaluation.scenes as bench
+from unimm.cli import main
+from unimm.data.scenes import WORLDS, describe, is_held_out, open_questions, render, yes_no_pairs
+from unimm.pipeline import UniMM
+
+
+class Oracle:
+    """Knows every scene that the benchmark makes, in order; `lie` answers about the next one."""
+
+    sampling = {"world": "scenes-mini"}
+
+    def __init__(self, monkeypatch, lie=False):
+        self.lie, self.drawn, self.asked, self.after = lie, [], {}, []
+        self.processor = None
+        sample_scene, sample_edit, chosen = bench.sample_scene, bench.sample_edit, bench._chosen
+
+        def watched(world, rng, **options):
+            scene = sample_scene(world, rng, **options)
+            if "task" in options:
+                self.drawn.append(scene)
+            else:
+                picture = render(scene, world).tobytes()
+                self.asked[picture, "describe the picture"] = describe(scene)
+                self.scene = scene
+            return scene
+
+        def questions(scene, world, rng):
+            found = chosen(scene, world, rng)
+            for q in found:
+                self.asked[render(scene, world).tobytes(), q.text] = q.answer
+            return found
+
+        def edited(world, rng, split):
+            before, words, after = sample_edit(world, rng, split)
+            self.after.append(after)
+            return before, words, after
+
+        def draw(model, talks, settings, seed, blind=False):
+            scenes = self.after if settings.guidance == 7.5 else self.drawn
+            scenes = scenes[1:] + scenes[:1] if lie else scenes
+            yield from [render(scene, "scenes-mini") for scene in scenes]
+            scenes = self.after if settings.guidance == 7.5 else self.drawn
+            scenes.clear()
+
+        monkeypatch.setattr(bench, "sample_scene", watched)
+        monkeypatch.setattr(bench, "_chosen", questions)
+        monkeypatch.setattr(bench, "sample_edit", edited)
+        monkeypatch.setattr(bench, "draw", draw)
+        monkeypatch.setattr(bench, "edit_messages", lambda *a: [])
+        self.sampling = {"world": "scenes-mini", "guidance": 2.0, "edit_guidance": 7.5}
+
+    def ask_all(self, pairs):
+        answers = [self.asked[picture.tobytes(), question] for picture, question in pairs]
+        flip = {"yes": "no", "no": "yes"}
+        return [flip.get(a, "a blue nothing") for a in answers] if self.lie else answers
+
+
+def test_an_oracle_has_every_score_one(monkeypatch):
+    result = bench.evaluate(Oracle(monkeypatch), n=36, seeds=2)
+    for group in ("held_out", "seen"):
+        for kind, scores in result[group].items():
+            assert set(scores.values()) == {1.0}, (group, kind, scores)
+        assert set(bench.TASKS) < set(result[group]["generation"])
+        assert {"overall", "open", "caption_exact", "accuracy_plus"} < set(
+            result[group]["understanding"]
+        )
+    protocol = result["protocol"]
+    assert protocol["n"] == 36 and protocol["seeds"] == 2 and protocol["guidance"] == 2.0
+    assert set(protocol["splits"]) == {"train", "pairs", "triples"}
+    assert protocol["spread"]["held_out.generation"] == 0
+    json.dumps(result)
+
+
+def test_a_liar_has_every_score_near_zero(monkeypatch):
+    result = bench.evaluate(Oracle(monkeypatch, lie=True), n=36)
+    for group in ("held_out", "seen"):
+        understanding = result[group]["understanding"]
+        assert all(v == 0 for k, v in understanding.items()), understanding
+        assert result[group]["generation"]["overall"] < 0.4  # some scenes fit two prompts
+        assert result[group]["edits"]["overall"] == 0
+
+
+def test_the_splits_are_what_they_say(monkeypatch):
+    seen = {}
+    original = bench.sample_scene
+
+    def watched(world, rng, **options):
+        scene = original(world, rng, **options)
+        seen.setdefault(options["split"], []).append(is_held_out(scene))
+        return scene
+
+    oracle = Oracle(monkeypatch)
+    inner = bench.sample_scene
+    monkeypatch.setattr(bench, "sample_scene", lambda w, r, **o: note(inner(w, r, **o), o))
+
+    def note(scene, options):
+        seen.setdefault(options["split"], []).append(is_held_out(scene))
+        return scene
+
+    bench.evaluate(oracle, n=24)
+    assert set(seen["pairs"]) == {"pairs"} and set(seen["triples"]) == {"triples"}
+    assert set(seen["train"]) == {None}
+
+
+def test_questions_come_in_pairs_of_yes_and_no():
+    for k in range(50):
+        rng = np.random.default_rng(k)
+        scene = bench.sample_scene(WORLDS["scenes"], rng, split="train")
+        questions = bench._chosen(scene, "scenes", rng)
+        pairs = {}
+        for q in questions:
+            if q.yes_no:
+                pairs.setdefault(q.pair, []).append(q.answer)
+        assert 1 <= len(pairs) <= 2
+        assert all(sorted(answers) == ["no", "yes"] for answers in pairs.values())
+    assert open_questions and yes_no_pairs
+
+
+def test_a_real_model_runs_through_and_is_reproducible(tmp_path, capsys):
+    model = UniMM(*tiny_model(max_positions=1024), {"world": "scenes-mini", "guidance": 2.0})
+    first, second = (bench.evaluate(model, n=6) for _ in range(2))
+    assert first == second
+    blind = bench.evaluate(model, n=6, blind=True)
+    assert blind["protocol"]["blind"] and blind["protocol"]["counts"] == first["protocol"]["counts"]
+    model.save_pretrained(tmp_path / "m")
+    words = ["eval", "scenes", "--n", "6", "--model", str(tmp_path / "m")]
+    assert main([*words, "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("n", ["0", "-3"])
+def test_n_is_checked(n, capsys):
+    assert main(["eval", "scenes", "--n", n]) == 2
+    assert "1 or more" in capsys.readouterr().err
