@@ -277,6 +277,11 @@ def test_addresses_that_cannot_be_had(host, port, says, folder, capsys):
     one_line(capsys, says)
 
 
+def test_a_port_in_use_is_a_value_error(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match="in use"):
+        app.launch(model, port=taken.getsockname()[1], prevent_thread_lock=True)
+
+
 def script(name, *words):
     """Exit status of a demo script."""
     sys.argv = [str(DEMO / name), *map(str, words)]
