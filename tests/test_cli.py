@@ -89,6 +89,11 @@ def test_caption_ask_and_edit(folder, png, tmp_path, capsys):
         (["generate", "x", "-o", "OUT.exe"], "ends in"),
         (["generate", "-o", "OUT"], "prompt"),
         (["generate", "x", "--seed", "pi"], "invalid int"),
+        (["generate", "x", "--seed", "-1", "-o", "OUT"], "seed"),
+        (["generate", "x", "--seed", str(10**30), "-o", "OUT"], "seed"),
+        (["generate", "x", "--temperature", "nan", "-o", "OUT"], "temperature"),
+        (["generate", "x", "-o", "OUT.json"], "ends in"),
+        (["eval", "scenes", "--seeds", "0"], "1 or more"),
         (["ask", "PNG", ""], "empty"),
         (["caption", "/nonexistent.png"], "no such image"),
         (["edit", "PNG", "  ", "-o", "OUT"], "empty"),
@@ -98,7 +103,8 @@ def test_caption_ask_and_edit(folder, png, tmp_path, capsys):
     ],
 )
 def test_wrong_words_are_refused(words, says, folder, png, tmp_path, capsys):
-    places = {"OUT": tmp_path / "o.png", "OUT.exe": tmp_path / "o.exe", "PNG": png}
+    places = {"OUT": tmp_path / "o.png", "PNG": png}
+    places |= {f"OUT.{end}": tmp_path / f"o.{end}" for end in ("exe", "json")}
     words = [places.get(word, word) for word in words]
     known = words[0] in ("generate", "ask", "caption", "edit", "eval")
     refused(capsys, [*words, *(["--model", folder] if known else [])], says=says)

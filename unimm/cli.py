@@ -101,10 +101,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.benchmark not in BENCHMARKS:
         names = ", ".join(BENCHMARKS)
         raise ValueError(f"no benchmark {args.benchmark!r}: choose one of {names}")
-    if args.n is not None and args.n < 1:
-        raise ValueError("--n must be 1 or more")
+    if (args.n is not None and args.n < 1) or args.seeds < 1:
+        raise ValueError("--n and --seeds must be 1 or more")
     if args.json:
-        check_writable(Path(args.json), folder=False)
+        check_writable(Path(args.json), folder=False, endings=(".json",))
     options = {} if args.n is None else {"n": args.n}
     if args.guidance is not None:
         options["guidance"] = args.guidance
@@ -212,7 +212,10 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
-def check_writable(path: Path, folder: bool) -> None:
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def check_writable(path: Path, folder: bool, endings: tuple[str, ...] = PICTURES) -> None:
     """Find out before any work that the output has a place to go."""
     if folder:
         path.mkdir(parents=True, exist_ok=True)
@@ -223,8 +226,8 @@ def check_writable(path: Path, folder: bool) -> None:
         raise ValueError(f"no such folder: {parent}")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"{parent} cannot be written to")
-    if not folder and path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".json"):
-        raise ValueError(f"{path}: name an output that ends in .png, .jpg or .webp")
+    if not folder and path.suffix.lower() not in endings:
+        raise ValueError(f"{path}: name an output that ends in {', '.join(endings)}")
 
 
 def save_image(image: Any, path: Path) -> None:

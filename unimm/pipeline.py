@@ -165,6 +165,8 @@ class UniMM:
 
     def _requests(self, talks: list[list[Message]], mode: str, seed: int) -> list[Request]:
         answer = "image" if mode == "image" else "text"
+        if not 0 <= seed < 2**63 - len(talks):
+            raise ValueError(f"a seed is a whole number from 0 to 2**63, not {seed}")
         samples = [self.processor.encode(talk, answer) for talk in talks]
         return [Request(sample, mode, seed + k) for k, sample in enumerate(samples)]
 

@@ -26,7 +26,7 @@ class Settings:
     max_text: int = 96
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.text_temperature < 0:
+        if not (self.temperature >= 0 and self.text_temperature >= 0):
             raise ValueError("temperature must be 0 (greedy) or more")
         if self.top_k < 0:
             raise ValueError("top_k must be 0 (all) or more")
