@@ -13,8 +13,9 @@ from conftest import tiny_model
 from unimm.checkpoints.native import load_model, save_model
 from unimm.config import load_recipe
 from unimm.data.mixture import Mixture
-from unimm.data.sources import PictureStore
+from unimm.data.sources import VALIDATION, PictureStore, scenes_text
 from unimm.model.unified import CODE
+from unimm.pipeline import UniMM
 from unimm.training.next_token import drop_prompt, setup_unified
 from unimm.training.trainer import make_optimizers, train
 
@@ -73,8 +74,11 @@ def test_a_stage_moves_what_it_says(recipe, world, tmp_path):
         if not torch.equal(a, b)
     }
     assert moved == STAGES[recipe]
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(entry["main_loss"]) for entry in log if "main_loss" in entry)
+    assert all(np.isfinite(entry["main_loss"]) for entry in log_of(out) if "main_loss" in entry)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,118 @@ def test_published_proportions(recipe, shares, world):
     drawn = Counter(stream)
     total = sum(shares.values())
     assert drawn == {name: 400 * share / total for name, share in shares.items()}
+
+
+def test_the_shared_pathway_goes_through_the_stages(world, tmp_path):
+    save_model(tmp_path / "model", *tiny_model("shared", max_positions=1024))
+    table = r"decoder\.embed_tokens\.weight|text_head\.weight"
+    one = placed(
+        "stage1_align.py", world, init=str(tmp_path / "model"), out=str(tmp_path / "one"),
+        train=((table, 1e-2), (r".*", None)),
+    )  # fmt: skip
+    train(dataclasses.replace(one, options={**one.options, "code_rows_only": True}))
+    before, after = (load_model(tmp_path / name)[0].state_dict() for name in ("model", "one"))
+    for name, weight in before.items():
+        moved = (after[name] != weight).reshape(len(weight), -1).any(1)
+        if name.endswith(("embed_tokens.weight", "text_head.weight")):
+            assert not moved[:263].any() and moved[263:].any(), name
+        else:
+            assert not moved.any(), name
+    run = placed(
+        "stage3_sft.py", world, init=str(tmp_path / "one"), out=str(tmp_path / "three"), steps=12
+    )
+    log = log_of(train(run))
+    assert log[-1]["main_loss"] < log[0]["main_loss"]
+    model = UniMM.from_pretrained(tmp_path / "three")
+    picture = model.generate("a red circle")
+    assert picture.size == (16, 16)
+    assert isinstance(model.ask(picture, "what?"), str)
+    assert model.edit(picture, "make it blue").size == (16, 16)
+
+
+def test_tied_heads_stay_tied(world, tmp_path):
+    save_model(tmp_path / "tied", *tiny_model(max_positions=1024, tied_embeddings=True))
+    model, processor, _ = load_model(tmp_path / "tied")
+    assert model.text_head.weight is model.decoder.embed_tokens.weight
+    out = train(
+        placed("stage2_pretrain.py", world, init=str(tmp_path / "tied"), out=str(tmp_path / "o"))
+    )
+    again = load_model(out)[0]
+    assert again.text_head.weight is again.decoder.embed_tokens.weight
+    assert not torch.equal(again.text_head.weight, model.text_head.weight)
+
+
+def test_a_folder_is_not_taken_for_another_run(world, tmp_path):
+    run = placed("stage2_pretrain.py", world, out=str(tmp_path / "o"))
+    train(run)
+    assert train(run) == tmp_path / "o"
+    with pytest.raises(ValueError, match="holds a run with batch_size=12"):
+        train(dataclasses.replace(run, batch_size=8))
+    with pytest.raises(ValueError, match="holds a run with steps=2"):
+        train(dataclasses.replace(run, steps=4))
+    with pytest.raises(ValueError, match="no such model folder"):
+        train(dataclasses.replace(run, init="nowhere", out=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_text_alone_holds_questions_of_every_type():
+    from unimm.data.scenes import QUESTION_TYPES, WORLDS, sample_scene, text_dialogue
+
+    samples = scenes_text(Seed, "scenes")
+    answers = [m["content"][0]["text"] for i in range(300) for m in samples[i]["messages"][1::2]]
+    shares = Counter(a for a in answers if a in ("yes", "no"))
+    assert 0.8 < shares["yes"] / shares["no"] < 1.25
+    assert any(a.startswith(("left of", "right of", "above", "below")) for a in answers)
+    assert {"red", "small", "two", "white"} <= set(answers) and len(QUESTION_TYPES) == 6
+    first = [
+        text_dialogue(sample_scene(WORLDS["scenes"], rng), rng)[0][1]
+        for rng in map(np.random.default_rng, range(200))
+    ]
+    assert 0.2 < sum(a in ("yes", "no") for a in first) / 200 < 0.8
+
+
+class Seed:
+    seed = 0
+
+
+def test_validation_pictures_are_never_trained_on(world):
+    store = PictureStore(world / "store")
+    used = {store.pick(np.random.default_rng(i), i) for i in range(500)}
+    kept = {store.pick(np.random.default_rng(i), VALIDATION + i) for i in range(50)}
+    assert used and kept and not used & kept and used | kept == set(range(len(store)))
+
+
+def test_the_whole_way(tmp_path, monkeypatch):
+    """train/scenes.py, two steps a piece; stopped on the way it goes on, and makes nothing twice."""
+    recipe = load_recipe(ROOT / "train/scenes.py")
+    monkeypatch.setitem(
+        recipe.SIZES, "quick", {**recipe.SIZES["quick"], "pictures": 60, "edits": 20}
+    )
+    real, ran = recipe.train, []
+
+    def stopping(run):
+        ran.append(Path(run.out).name)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return real(run)
+
+    monkeypatch.setattr(recipe, "train", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(size="quick", out=str(tmp_path / "run"), steps=0.01)
+    made = (tmp_path / "run/pictures/pictures.npy").stat().st_mtime_ns
+    codes = (tmp_path / "run/pictures/codes.npy").stat().st_mtime_ns
+    folder = Path(recipe.main(size="quick", out=str(tmp_path / "run"), steps=0.01))
+    assert (tmp_path / "run/pictures/pictures.npy").stat().st_mtime_ns == made
+    assert (tmp_path / "run/pictures/codes.npy").stat().st_mtime_ns == codes
+    assert ran[:4] == ["image_tokenizer", "siglip", "stage0", "stage1"]
+    assert ran[4:] == ["image_tokenizer", "siglip", "stage0", "stage1", "stage2", "stage3"]
+    model = UniMM.from_pretrained(folder)
+    assert model.generate("a red circle").size == (32, 32)
+    store = PictureStore(tmp_path / "run/pictures")
+    again = model.processor.codes(np.asarray(store.pictures[3]))  # saved in bf16: nearly all equal
+    assert (again == store.codes[3]).mean() > 0.5
+    with pytest.raises(ValueError, match="size is one of"):
+        recipe.main(size="large")
 
 
 def test_stage3_is_five_to_one_to_four(world):

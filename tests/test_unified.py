@@ -103,8 +103,6 @@ def test_every_parameter_has_a_gradient_in_a_batch_of_one_kind(tiny, picture):
         model.zero_grad()
         model(processor.collate([sample])).loss.backward()
         missing = [name for name, p in model.named_parameters() if p.grad is None]
-        if model.config.pathway == "decoupled":
-            missing = [name for name in missing if not name.startswith("image_head.unused")]
         assert missing == []
 
 

@@ -15,9 +15,12 @@ config = Run(
     out="runs/image_tokenizer",
     setup=setup_image_tokenizer,
     step=image_tokenizer_step,
-    # the rows of the codebook are moving averages; a discriminator (options.adversarial) would be
-    # trained by "discriminator": ((r"discriminator\..*", 5e-4), (r".*", None))
-    train={"main": ((r"tokenizer\.quantize\..*|discriminator\..*", None), (r".*", 1e-3))},
+    # The rows of the codebook are moving averages. The PatchGAN discriminator is off by default:
+    # options.adversarial=0.5 options.adversarial_start=2000 puts it in.
+    train={
+        "main": ((r"tokenizer\.quantize\..*|discriminator\..*", None), (r".*", 1e-3)),
+        "discriminator": ((r"discriminator\..*", 5e-4), (r".*", None)),
+    },
     data={"pictures": Source(scenes_pictures_only, options={"store": "runs/store"})},
     steps=4_000,
     batch_size=32,
@@ -40,5 +43,7 @@ config = Run(
         "l2": 3.0,
         "decay": 0.97,
         "dead_code": 0.1,
+        "adversarial": 0.0,
+        "adversarial_start": 0,
     },
 )

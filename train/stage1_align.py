@@ -3,7 +3,9 @@
 unimm train train/stage1_align.py init=runs/stage0 out=runs/stage1
 
 Understanding : text : generation = 1 : 0 : 3, rate 1e-3, as in Janus-Pro (report, Table 2).
-Cost and expected loss on 2 cores: see train/README.md.
+(The shared pathway has only rows for codes: its stage 1 trains the table and the head, with
+options.code_rows_only=True, which leaves the rows of the words alone.) Cost and expected loss on
+2 cores: see train/README.md.
 """
 
 from unimm.config import Run, Source

@@ -23,7 +23,7 @@ QUESTIONS = [
     "what color is the star?",
     "what is left of the blue star?",
 ]
-CHANGES = ["make the circle green", "remove the star", "make the background yellow"]
+CHANGES = ["make the circle green", "remove the star", "make the background mint"]
 OPENINGS = ["draw a red circle and a blue star", "what is in the picture?", "make the star green"]
 SHOWN = 320  # side of a picture on the page, in pixels
 MAX_UPLOAD = "20mb"

@@ -44,11 +44,13 @@ def generate(args: argparse.Namespace) -> None:
     if args.n < 1:
         raise ValueError("-n must be 1 or more")
     prompts = [args.prompt] if args.prompts is None else read_lines(args.prompts)
-    out = Path(args.out)
     one_file = args.prompts is None and args.n == 1
+    out = Path(args.out or ("out.png" if one_file else "out"))
     check_writable(out, folder=not one_file)
     model = load(args)
     images = model.generate(prompts, args.n, **sampling(args))
+    if not one_file:
+        out.mkdir(exist_ok=True)
     for k, image in enumerate(images):
         path = out if one_file else out / f"{k // args.n:04d}-{k % args.n}.png"
         save_image(image, path)
@@ -140,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("generate", generate, "draw pictures")
     p.add_argument("prompt", nargs="?", help="what to draw")
     p.add_argument("--prompts", metavar="FILE", help="draw one prompt a line of FILE")
-    p.add_argument("-o", "--out", default="out.png", help="a .png, or a folder for several")
+    p.add_argument("-o", "--out", help="a .png (out.png), or for several a folder (out)")
     p.add_argument("-n", type=int, default=1, help="pictures of each prompt")
     add_sampling(p)
     add_model(p)
@@ -154,7 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("edit", edit, "change a picture")
     p.add_argument("image", metavar="IMAGE")
     p.add_argument("instruction", help='for instance "make the star blue"')
-    p.add_argument("-o", "--out", default="out.png")
+    p.add_argument("-o", "--out", default="edited.png")
     add_sampling(p)
     add_model(p)
     p = command("train", train, "train as a recipe says")
@@ -217,11 +219,11 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 def check_writable(path: Path, folder: bool, endings: tuple[str, ...] = PICTURES) -> None:
     """Find out before any work that the output has a place to go."""
-    if folder:
-        path.mkdir(parents=True, exist_ok=True)
-    elif path.is_dir():
+    if folder and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder for several pictures")
+    if not folder and path.is_dir():
         raise ValueError(f"{path} is a folder: name a file")
-    parent = path if folder else path.absolute().parent
+    parent = path if folder and path.exists() else path.absolute().parent
     if not parent.is_dir():
         raise ValueError(f"no such folder: {parent}")
     if not os.access(parent, os.W_OK):

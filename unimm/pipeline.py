@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unimm.checkpoints.native import load_model, read_config, save_model
+from unimm.checkpoints.native import empty_model, load_model, read_config, save_model
 from unimm.data.images import open_image
 from unimm.data.processor import Message, Processor, to_picture, user
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.sampling import Settings
-from unimm.model.unified import CODE, UnifiedConfig, UnifiedModel
+from unimm.model.unified import CODE, UnifiedModel
 
 BUNDLED = Path(__file__).parent / "assets" / "scenes"
 BATCH = 16  # pictures drawn side by side
@@ -131,7 +131,7 @@ class UniMM:
     ) -> Image.Image:
         """The picture with the change made."""
         settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_guidance")
-        return self._draw([edit_messages(image, instruction, self.processor)], settings, seed)[0]
+        return self._draw([edit_messages(image, instruction)], settings, seed)[0]
 
     def chat(
         self,
@@ -182,13 +182,7 @@ class UniMM:
         return Settings(default if guidance is None else guidance, temperature, top_k, top_p)
 
     def _pictures(self, codes: list[list[int]]) -> list[Image.Image]:
-        tokenizer = self.processor.image_tokenizer
-        if tokenizer is None:
-            raise ValueError("this model has no image tokenizer, so it cannot draw")
-        device = next(tokenizer.parameters()).device
-        with torch.inference_mode():
-            pixels = tokenizer.decode(torch.tensor(codes, device=device), self.processor.grid)
-        return [to_picture(p) for p in pixels]
+        return [to_picture(p) for p in self.processor.pixels(codes)]
 
     def _partial(self, codes: list[int]) -> Image.Image:
         """A picture of the codes so far; what is not drawn yet is light grey."""
@@ -212,10 +206,9 @@ class UniMM:
         return {"role": "assistant", "content": parts}
 
 
-def edit_messages(image: Any, instruction: str, processor: Processor) -> list[Message]:
+def edit_messages(image: Any, instruction: str) -> list[Message]:
     """The conversation that `edit` continues: the picture is shown both ways."""
-    view = ["patches", "codes"] if processor.seen_tokens else ["codes"]
-    picture = {"image": open_image(image), "view": view}
+    picture = {"image": open_image(image), "view": ["patches", "codes"]}
     return [user(picture, checked_text(instruction, "instruction"))]
 
 
@@ -246,8 +239,7 @@ def describe(source: str | Path | None = None) -> str:
     """What a model folder holds, in lines of text, from its configuration alone."""
     folder = BUNDLED if source is None else Path(source)
     config = read_config(folder)
-    with torch.device("meta"):
-        model = UnifiedModel(UnifiedConfig.from_dict(config["model"]))
+    model = empty_model(config, folder)
     parts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }

@@ -58,14 +58,10 @@ def load_model(folder: str | Path) -> tuple[UnifiedModel, Processor, dict[str, A
     """
     folder = Path(folder)
     config = read_config(folder)
-    try:
-        with torch.device("meta"):
-            model = UnifiedModel(UnifiedConfig.from_dict(config["model"]))
-        settings = dict(config["processor"])
-        template = Template(**settings.pop("template"))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} does not describe a model: {error}") from None
-    load_weights(model, folder / "model.safetensors")
+    model = empty_model(config, folder)
+    load_weights(model, folder / "model.safetensors", model.config.decoder.tied_embeddings)
+    if model.config.decoder.tied_embeddings:
+        model.text_head.weight = model.decoder.embed_tokens.weight
     image_tokenizer = None
     if (folder / "image_tokenizer.json").exists():
         image_tokenizer = ImageTokenizer.load(folder).eval()
@@ -74,8 +70,22 @@ def load_model(folder: str | Path) -> tuple[UnifiedModel, Processor, dict[str, A
         tokenizer = load_tokenizer(path)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path} cannot be read as a text tokenizer: {error}") from None
-    processor = Processor(tokenizer, image_tokenizer, template, **settings)
+    try:
+        settings = dict(config["processor"])
+        template = Template(**settings.pop("template"))
+        processor = Processor(tokenizer, image_tokenizer, template, **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no processor: {error!r}") from None
     return model.eval(), processor, config.get("sampling", {})
+
+
+def empty_model(config: dict[str, Any], folder: Path) -> UnifiedModel:
+    """The model that a configuration describes, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return UnifiedModel(UnifiedConfig.from_dict(config["model"]))
+    except Exception as error:  # whatever a damaged configuration can lead to
+        raise ValueError(f"{folder / 'config.json'} describes no model: {error!r}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(model: torch.nn.Module, path: Path, tied: bool = False) -> None:
     """Put the tensors of a safetensors file in place of `model`'s own, as float32."""
     if not path.exists():
         raise ValueError(f"{path} is missing: the model folder is incomplete")
@@ -103,7 +113,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from None
     expected = {name: t.shape for name, t in model.state_dict().items()}
-    if "text_head.weight" not in state and "decoder.embed_tokens.weight" in state:
+    if tied and "decoder.embed_tokens.weight" in state:
         state["text_head.weight"] = state["decoder.embed_tokens.weight"]
     for name, shape in expected.items():
         if name not in state:
@@ -122,4 +132,5 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 def _write(path: Path, write: Any) -> None:
     part = path.with_name(path.name + ".part")
     write(part)
+    part.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(part, path)

@@ -87,7 +87,8 @@ class Processor:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the codes of a drawn picture."""
-        assert self.image_tokenizer is not None
+        if self.image_tokenizer is None:
+            raise ValueError("this model has no image tokenizer, so it cannot draw")
         return self.image_tokenizer.grid(self.drawn_size, self.drawn_size)
 
     @property
@@ -115,7 +116,7 @@ class Processor:
                 else:
                     last = index == len(messages) - 1
                     self._image(slots, part, scored=mine, talked_about=mine and not last)
-                    slots.draws = mine
+            slots.draws = mine and any(part["type"] == "image" for part in content)
             slots.text([t.end_of_turn], scored=mine)
         if answer is not None:
             slots.text([t.assistant])
@@ -132,7 +133,8 @@ class Processor:
 
     def words(self, text: str) -> list[int]:
         """Text ids of `text`."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no text
+        return self.tokenizer.encode(clean, add_special_tokens=False).ids
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of `ids`; ids that are no words are left out."""
@@ -200,23 +202,38 @@ class Processor:
         with torch.inference_mode():
             return self.image_tokenizer.encode(pixels)[0].cpu().numpy()
 
+    def pixels(self, codes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Codes of complete pictures -> (N, 3, H, W) in [-1, 1], on the CPU."""
+        if self.image_tokenizer is None:
+            raise ValueError("this model has no image tokenizer, so it cannot draw")
+        device = next(self.image_tokenizer.parameters()).device
+        with torch.inference_mode():
+            drawn = self.image_tokenizer.decode(torch.tensor(codes, device=device), self.grid)
+        return drawn.float().cpu()
+
     def _image(self, slots: "_Slots", part: Message, scored: bool, talked_about: bool) -> None:
         """An image part. A drawn image that a later turn talks about is shown both ways."""
         t = self.template
         default = ["codes"] if scored or not self.seen_tokens else ["patches"]
         if talked_about and self.seen_tokens:
             default = ["codes", "patches"]
-        view = part.get("view") or default
-        for way in view:
+        view = [way for way in part.get("view") or default if way != "patches" or self.seen_tokens]
+        for way in view or ["codes"]:
             slots.text([t.begin_image], scored=scored and way == "codes")
             if way == "codes":
                 codes = part.get("codes")
                 slots.codes(self.codes(part["image"]) if codes is None else codes, scored)
             elif way == "patches":
-                slots.patches(self.seen_pixels(part["image"]), self.seen_tokens)
+                image = part["image"] if "image" in part else self._decoded(part["codes"])
+                slots.patches(self.seen_pixels(image), self.seen_tokens)
             else:
                 raise ValueError(f"an image's view holds 'patches' and 'codes', not {way!r}")
             slots.text([t.end_image], scored=scored and way == "codes")
+
+    def _decoded(self, codes: Sequence[int]) -> Image.Image:
+        if len(codes) != self.codes_per_image:
+            raise ValueError(f"a picture has {self.codes_per_image} codes, not {len(codes)}")
+        return to_picture(self.pixels([[int(code) for code in codes]])[0])
 
 
 class _Slots:
@@ -300,7 +317,8 @@ def _checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
     if not isinstance(content, list | tuple):
         raise ValueError("a message's content is a string or a list of text and image parts")
     for part in content:
-        needed = {"text": ("text",), "image": ("image", "codes")}.get(part.get("type"))
+        kind = part.get("type") if isinstance(part, dict) else None
+        needed = {"text": ("text",), "image": ("image", "codes")}.get(str(kind))
         if needed is None or not any(name in part for name in needed):
             raise ValueError(
                 "a content part is {'type': 'text', 'text': ...} or "

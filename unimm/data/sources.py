@@ -20,7 +20,9 @@ from unimm.data.scenes import (
     Scene,
     describe,
     edits,
+    express,
     from_array,
+    main_relation,
     open_questions,
     prompt,
     render,
@@ -36,6 +38,7 @@ ASK_CAPTION = (
     "what do you see?",
     "caption this",
 )
+VALIDATION = 10**9  # sources give pictures that training never sees from this index on
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
 
 
@@ -111,6 +114,13 @@ class PictureStore:
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def pick(self, rng: np.random.Generator, i: int) -> int:
+        """A picture for index i; those for i >= VALIDATION are kept from all smaller indices."""
+        kept = max(1, len(self) // 50)
+        if i >= VALIDATION:
+            return len(self) - kept + int(rng.integers(kept))
+        return int(rng.integers(len(self) - kept))
+
     def scene(self, k: int) -> Scene:
         return from_array(self.scenes[k])
 
@@ -177,16 +187,28 @@ def scenes_questions(run: Any, store: str, most: int = 4) -> Made:
 
 
 def scenes_text(run: Any, world: str = "scenes") -> Made:
-    """Text alone: questions about described scenes, and descriptions said again completely."""
+    """Text alone: questions about described scenes, and descriptions said again."""
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         scene = sample_scene(WORLDS[world], rng)
         if rng.random() < 0.3:
-            return _talk(user("say it again: " + prompt(scene, rng)), assistant(describe(scene)))
+            return _talk(user("say it again: " + retold(scene, rng)), assistant(describe(scene)))
         turns = text_dialogue(scene, rng)[:4]
         return _talk(*(m for q, a in turns for m in (user(q), assistant(a))))
 
     return Made(make, (run.seed, 4))
+
+
+def retold(scene: Scene, rng: np.random.Generator) -> str:
+    """The scene in other words that hold all of `describe`; where none can, in its own."""
+    objects = scene.objects
+    plain = len(objects) == 2 and main_relation(*objects) is not None and objects[0] != objects[1]
+    if len(objects) == 1 or (plain and describe(scene).count(" and ") == 0):
+        one = len(objects) == 1
+        return express(
+            scene, rng, size=one, color=True, background=True, relation=True, opening=False
+        )
+    return describe(scene)
 
 
 def scenes_edits(run: Any, store: str) -> Made:
@@ -226,7 +248,7 @@ def scenes_pairs(run: Any, store: str) -> Made:
     pictures = PictureStore(store)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
-        k = int(rng.integers(len(pictures)))
+        k = pictures.pick(rng, i)
         pixels = np.asarray(pictures.pictures[k])
         return {"pixels": pixels, "text": describe(pictures.scene(k))}
 
@@ -238,7 +260,7 @@ def scenes_pictures_only(run: Any, store: str) -> Made:
     pictures = PictureStore(store)
 
     def make(rng: np.random.Generator, i: int) -> np.ndarray:
-        return np.asarray(pictures.pictures[int(rng.integers(len(pictures)))])
+        return np.asarray(pictures.pictures[pictures.pick(rng, i)])
 
     return Made(make, (run.seed, 8))
 

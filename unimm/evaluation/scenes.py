@@ -196,9 +196,7 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     for k in range(max(1, protocol.n // 6)):
         rng = np.random.default_rng((seed, 55, k, _split_key(split)))
         jobs.append(sample_edit(protocol.world, rng, split))
-    talks = [
-        edit_messages(render(before, world), words, model.processor) for before, words, _ in jobs
-    ]
+    talks = [edit_messages(render(before, world), words) for before, words, _ in jobs]
     settings = Settings(protocol.edit_guidance, protocol.temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
     for (before, _, after), picture in zip(jobs, pixels, strict=True):
@@ -218,11 +216,7 @@ def draw(
             sample = processor.unguided(sample) if blind else sample
             requests.append(Request(sample, "image", seed + start + k))
         answers = model.engine.run(requests, settings)
-        tokenizer = processor.image_tokenizer
-        assert tokenizer is not None
-        with torch.inference_mode():
-            codes = torch.tensor([answer.codes for answer in answers])
-            pixels = tokenizer.decode(codes, processor.grid)
+        pixels = processor.pixels([answer.codes for answer in answers])
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         yield from levels.permute(0, 2, 3, 1).numpy()
 
@@ -231,7 +225,7 @@ def summary(kind: str, tallies: list[Tally]) -> dict[str, float]:
     """Scores of several splits together: the mean over the splits that asked."""
     names = sorted({name for tally in tallies for name in tally.asked})
     rates = {
-        name: float(np.mean([t.rate(name) for t in tallies if t.asked[name]])) for name in names
+        name: float(np.mean([t.rate(name) for t in tallies if t.asked.get(name)])) for name in names
     }
     if kind == "generation":
         tasks = [rates[task] for task in TASKS if task in rates]

@@ -14,8 +14,7 @@ from unimm.config import Run
 from unimm.data.processor import Processor, Sample, to_picture, user
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings
-from unimm.model.image_tokenizer import ImageTokenizer
-from unimm.model.unified import Batch, UnifiedModel
+from unimm.model.unified import TEXT, Batch, UnifiedModel
 from unimm.training.trainer import Parts
 
 
@@ -75,8 +74,16 @@ def has_compiler() -> bool:
 def drop_prompt(
     sample: Sample, processor: Processor, share: float, rng: np.random.Generator
 ) -> Sample:
-    """The sample, or for a `share` of drawing samples the sample with the unguided prompt."""
-    return processor.unguided(sample) if sample.draws and rng.random() < share else sample
+    """The sample, or for a `share` of drawing samples the sample with the unguided prompt.
+
+    Words that answer a question nobody can read any more are then not scored.
+    """
+    if not sample.draws or rng.random() >= share:
+        return sample
+    hidden = processor.unguided(sample)
+    words = (sample.kind == TEXT) & (sample.ids < processor.template.bos)
+    hidden.score = np.where(words, 0, sample.score).astype(np.float32)
+    return hidden
 
 
 def draw(
@@ -88,16 +95,7 @@ def draw(
         for k, prompt in enumerate(prompts)
     ]
     answers = Engine(model, processor).run(requests, Settings(guidance=guidance))
-    return pictures_of(processor, [answer.codes for answer in answers])
-
-
-def pictures_of(processor: Processor, codes: list[list[int]]) -> Tensor:
-    """Codes of complete pictures -> (N, 3, H, W) in [-1, 1]."""
-    tokenizer = processor.image_tokenizer
-    assert isinstance(tokenizer, ImageTokenizer)
-    device = next(tokenizer.parameters()).device
-    with torch.inference_mode():
-        return tokenizer.decode(torch.tensor(codes, device=device), processor.grid)
+    return processor.pixels([answer.codes for answer in answers])
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int) -> None:

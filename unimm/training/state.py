@@ -48,8 +48,9 @@ def load_checkpoint(out: Path, model: nn.Module, optimizers: dict[str, Optimizer
             for parameter in group["params"]:
                 prefix = f"{title}/{names[parameter]}/"
                 state = {k[len(prefix) :]: v for k, v in moments.items() if k.startswith(prefix)}
-                if state:
-                    optimizer.state[parameter] = state
+                if state:  # fused AdamW wants its step count where the parameter is
+                    device = parameter.device
+                    optimizer.state[parameter] = {k: v.to(device) for k, v in state.items()}
     torch.set_rng_state(load_file(last / "random.safetensors")["torch"])
     return int(json.loads((last / "state.json").read_text())["step"])
 

@@ -48,24 +48,29 @@ def train(run: Run) -> Path:
     The folder then holds run.json, log.jsonl, previews, and what the setup saves.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import send_to_device, set_seed
 
     if not run.out:
         raise ValueError("a run needs a folder for its result: out=DIR")
+    if run.precision not in ("bf16", "float32"):
+        raise ValueError(f"precision is 'bf16' or 'float32', not {run.precision!r}")
+    if min(run.steps, run.batch_size, run.accumulate) < 1:
+        raise ValueError("steps, batch_size and accumulate must be 1 or more")
     out = Path(run.out)
+    check_same_run(out, run)
     if (out / "done").exists():
         return out
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "run.json").write_text(json.dumps(run.record(), indent=1))
 
     set_seed(run.seed)
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     precision = "bf16" if run.precision == "bf16" else "no"
+    AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)  # several CPUs: by torchrun
     parts = setup(run)
     optimizers = make_optimizers(parts.model, run)
-    start = load_checkpoint(out, parts.model, optimizers)
     model = accelerator.prepare(parts.model)
+    start = load_checkpoint(out, parts.model, optimizers)
     rank, ranks = accelerator.process_index, accelerator.num_processes
 
     mixture = Mixture(
@@ -75,6 +80,8 @@ def train(run: Run) -> Path:
         parts.prepare,
     )
     mixture.skip(start * run.batch_size)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "run.json").write_text(json.dumps(run.record(), indent=1))
 
     def make_batches() -> list[Any]:
         items = mixture.take(run.batch_size, rank, ranks)
@@ -118,6 +125,21 @@ def train(run: Run) -> Path:
     return out
 
 
+def check_same_run(out: Path, run: Run) -> None:
+    """Refuse to go on with, or to take for finished, what another run has begun in `out`."""
+    if not (out / "run.json").exists():
+        return
+    there, here = json.loads((out / "run.json").read_text()), json.loads(json.dumps(run.record()))
+    free = {"out", "log_every", "preview_every", "save_every"}
+    free |= set() if (out / "done").exists() else {"steps"}
+    for key in sorted(set(here) - free):
+        if there.get(key) != here[key]:
+            raise ValueError(
+                f"{out} holds a run with {key}={there.get(key)!r}, and this one has "
+                f"{key}={here[key]!r}: choose another out, or remove that folder"
+            )
+
+
 def setup(run: Run) -> Parts:
     """The parts of `run`; a unified model from `run.init` where it names no setup."""
     if run.setup is not None:
@@ -150,9 +172,10 @@ def make_optimizers(model: nn.Module, run: Run) -> dict[str, Optimizer]:
                     groups.append(
                         {"params": members, "lr": rate, "rate": rate, "weight_decay": decay}
                     )
-        if not groups:
-            raise ValueError(f"no parameter matches the patterns of {plan!r}: {plans[plan]}")
-        optimizers[plan] = AdamW(groups, betas=run.betas, fused=True)
+        if groups:  # a discriminator's plan is empty where there is none
+            optimizers[plan] = AdamW(groups, betas=run.betas, fused=True)
+    if next(iter(plans)) not in optimizers:
+        raise ValueError(f"no parameter matches the patterns of this run: {plans}")
     return optimizers
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .drawing import render
 from .edits import EDITS, edit_holds, edits
-from .language import describe, prompt, task_prompt
+from .language import describe, express, prompt, task_prompt
 from .meaning import Spec, complete, parse, satisfies
 from .questions import (
     QUESTION_TYPES,
@@ -62,6 +62,7 @@ __all__ = [
     "describe",
     "edit_holds",
     "edits",
+    "express",
     "from_array",
     "get_world",
     "held_out_pair",

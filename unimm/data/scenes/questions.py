@@ -59,7 +59,8 @@ def normalize_answer(text: str) -> str:
 
 
 def text_dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions and answers that need no picture: each question begins with the scene in words.
+    """Questions of all types, in random order, that need no picture: each begins with the scene in
+    words.
 
     ("a red circle left of a blue star. what color is the star?", "blue")
     """
@@ -70,7 +71,8 @@ def text_dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str
     ]
     everything = dict.fromkeys(("size", "color", "background", "relation"), True)
     told = [express(scene, rng, opening=False, **everything) for _ in range(3)]
-    return [(f"{pick(told, rng)}. {q.text}", q.answer) for q in asked]
+    order = rng.permutation(len(asked))
+    return [(f"{pick(told, rng)}. {asked[k].text}", asked[k].answer) for k in order]
 
 
 # ---------------------------------------------------------------------------- open questions
