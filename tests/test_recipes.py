@@ -177,7 +177,7 @@ def test_validation_pictures_are_never_trained_on(world):
 
 
 def test_the_whole_way(tmp_path, monkeypatch):
-    """train/scenes.py, two steps a piece; stopped on the way it goes on, and makes nothing twice."""
+    """train/scenes.py, two steps a piece: stopped on the way, it goes on; nothing is made twice."""
     recipe = load_recipe(ROOT / "train/scenes.py")
     monkeypatch.setitem(
         recipe.SIZES, "quick", {**recipe.SIZES["quick"], "pictures": 60, "edits": 20}
