@@ -1,6 +1,6 @@
 """The whole way: from nothing to a model that sees and draws Scenes, by one command.
 
-unimm train train/scenes.py size=small out=runs/scenes      # 64 px; about an hour on 2 idle cores
+unimm train train/scenes.py size=small out=runs/scenes      # 64 px; 100 minutes on 2 busy cores
 unimm train train/scenes.py size=quick out=runs/quick       # 32 px, a few minutes: does it work?
 torchrun --nproc-per-node 2 -m unimm.cli train train/scenes.py ...    # a core a process: faster
 
