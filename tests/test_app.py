@@ -35,10 +35,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def address(model, tmp_path_factory):
+def ratings(tmp_path_factory):
+    return tmp_path_factory.mktemp("ratings") / "ratings.jsonl"
+
+
+@pytest.fixture(scope="module")
+def address(model, ratings, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-    page, url, _ = app.launch(model, port=0, prevent_thread_lock=True, quiet=True)
+    page, url, _ = app.launch(model, "127.0.0.1", 0, ratings, prevent_thread_lock=True, quiet=True)
     yield url
     page.blocks.close(verbose=False)
     patch.undo()
@@ -91,6 +96,7 @@ def refused(call, says):
 
 def test_endpoints(client):
     names = {"/draw", "/ask", "/caption", "/edit", "/chat"}
+    names |= {"/compare", "/prefer_left", "/prefer_right"}
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == names
 
 
@@ -324,3 +330,27 @@ def test_scripts(bundled, model, png, tmp_path, capsys):
 def test_scripts_refuse_in_one_line(words, says, bundled, png, capsys):
     assert script(*[png if word == "PNG" else word for word in words]) == 2
     one_line(capsys, says)
+
+
+def test_the_better_of_two_pictures_becomes_a_preference(client, model, ratings):
+    from unimm.training.dpo import read_preferences
+    from unimm.training.preferences import shown
+
+    with pytest.raises(AppError, match="draw two pictures first"):
+        client.predict(api_name="/prefer_left")
+    seen = {}
+    for name, seed in (("left", 1), ("right", 2)):
+        found = client.predict(prompt="a red star", seed=seed, api_name="/compare")
+        seen[name] = [pixels(path) for path in found[:2]]
+        kept = client.predict(api_name=f"/prefer_{name}")
+        assert kept == f"{seed} in ratings.jsonl"
+    with pytest.raises(AppError, match="draw two"):  # a choice is made once
+        client.predict(api_name="/prefer_right")
+    pairs = read_preferences(ratings)
+    assert [p["prompt"][0]["content"][0]["text"] for p in pairs] == ["a red star"] * 2
+    for pair, name in zip(pairs, ("left", "right"), strict=True):
+        best, worst = (np.asarray(shown(model, pair[k])) for k in ("chosen", "rejected"))
+        pictures = seen[name] if name == "left" else seen[name][::-1]
+        assert (best == pictures[0]).all() and (worst == pictures[1]).all()
+    with pytest.raises(AppError, match="Seed is a number"):
+        client.predict(prompt="a red star", seed=-1, api_name="/compare")

@@ -211,3 +211,47 @@ def test_recipes_are_found_or_refused(tmp_path):
     text = tmp_path / "recipe.py"
     text.write_text("x = 3\n")
     assert load_recipe(text).x == 3
+
+
+def muon_setup(run):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model.head = nn.Linear(4, 1)
+    whole = nn.Module()
+    whole.decoder = model
+    whole.forward = lambda x: model.head(model.layers[1](torch.tanh(model.layers[0](x))))
+    KEPT["model"] = whole
+
+    def save(folder):
+        from safetensors.torch import save_file
+
+        save_file(plain_state(whole), folder / "model.safetensors")
+
+    return Parts(whole, lambda items: torch.tensor(np.stack(items)), None, save)
+
+
+def test_muon_takes_the_matrices_of_layers_and_resumes(tmp_path):
+    run = run_for(tmp_path / "whole", setup=muon_setup, optimizer="muon", steps=40)
+    run = dataclasses.replace(run, train=((r".*", 5e-2),))
+    model = muon_setup(run).model
+    optimizers = make_optimizers(model, run)
+    taken = {
+        name: {id(p) for group in o.param_groups for p in group["params"]}
+        for name, o in optimizers.items()
+    }
+    layers = model.decoder.layers
+    assert taken["main_matrices"] == {id(layers[0].weight), id(layers[1].weight)}
+    assert len(taken["main"]) == 4  # biases and the head
+    train(run)
+    losses = [entry["main_loss"] for entry in log_of(tmp_path / "whole")]
+    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
+    KEPT["left"] = 6
+    with pytest.raises(Stop):
+        train(dataclasses.replace(run, out=str(tmp_path / "cut")))
+    KEPT["left"] = 10**9
+    train(dataclasses.replace(run, out=str(tmp_path / "cut")))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="optimizer is"):
+        make_optimizers(model, run_for("x", optimizer="sgd"))

@@ -1,16 +1,19 @@
-"""The Gradio demo: draw, ask, edit and chat with one model. `unimm demo` opens it."""
+"""The Gradio demo: draw, ask, edit, chat, and prefer one picture. `unimm demo` opens it."""
 
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from unimm.data.images import open_image
+from unimm.data.processor import user
 from unimm.data.scenes import Object, Scene, render
 from unimm.pipeline import UniMM, checked_text
+from unimm.training.preferences import Sampling, add_preference, name_of, sample, shown
 
 EXAMPLES = [
     "a red circle left of a blue star",
@@ -31,8 +34,12 @@ MAX_WAITING = 32  # calls in the queue
 MOST, HOTTEST, MAX_SEED = 8, 1.5, 2**32 - 1  # pictures of a call, temperature, seed
 
 
-def build(model: UniMM) -> Any:
-    """The page, a `gradio.Blocks`, with the endpoints /draw, /ask, /caption, /edit and /chat."""
+def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
+    """The page, a `gradio.Blocks`; endpoints /draw, /ask, /caption, /edit, /chat, /compare,
+    /prefer_left and /prefer_right.
+
+    Choices between two pictures are appended to `ratings`, a file that `train/dpo.py` reads.
+    """
     import gradio as gr
 
     guidance = float(model.sampling.get("guidance", 1.0))
@@ -81,6 +88,23 @@ def build(model: UniMM) -> Any:
             words = {"type": "text", "text": checked_text(text, "message")}
             talk = model.chat([*talk, {"role": "user", "content": [words]}], seed=len(talk))
         return "", [bubble for message in talk for bubble in bubbles(message)], talk
+
+    def compare(prompt: str, seed: float) -> tuple[Image.Image, Image.Image, dict, str]:
+        with mistakes_shown():
+            talk = [user(checked_text(prompt, "prompt"))]
+            how = Sampling(2, guidance, 1.0, int(within("Seed", seed, 0, MAX_SEED)))
+            (row,) = sample(model, {name_of(talk, how): talk}, how)
+            if len(row["answers"]) < 2:
+                raise ValueError("both pictures came out the same: try another seed")
+            left, right = (enlarged(shown(model, answer)) for answer in row["answers"])
+        return left, right, row, ""
+
+    def prefer(best: int, row: dict | None) -> tuple[str, None]:
+        with mistakes_shown():
+            if not row:
+                raise ValueError("draw two pictures first")
+            count = add_preference(Path(ratings), row, best, 1 - best)
+        return f"{count} in {Path(ratings).name}", None
 
     def bubbles(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """One message as Gradio's chat shows it."""
@@ -133,6 +157,26 @@ def build(model: UniMM) -> Any:
             after = gr.Image(label="Result", interactive=False, height=SHOWN + 40, **lossless)
             both = [edited.click, change.submit]
             gr.on(both, edit, [before, change, again], after, api_name="edit", **how_run)
+        with gr.Tab("Compare"):
+            with gr.Row():
+                topic = gr.Textbox(label="Prompt", value=EXAMPLES[0], scale=3)
+                first = gr.Number(0, precision=0, label="Seed")
+            two = gr.Button("Draw two", variant="primary")
+            pair: Any = gr.State()
+            sides: list[Any] = []
+            with gr.Row():
+                for name in ("Left", "Right"):
+                    with gr.Column():
+                        sides.append(gr.Image(label=name, interactive=False, **lossless))
+                        sides.append(gr.Button(f"{name} is better"))
+            kept = gr.Textbox(label="Choices", interactive=False)
+            pictures = [sides[0], sides[2], pair, kept]
+            both = [two.click, topic.submit]
+            gr.on(both, compare, [topic, first], pictures, api_name="compare", **how_run)
+            for best, side in enumerate((sides[1], sides[3])):
+                name = ("prefer_left", "prefer_right")[best]
+                chosen = partial(prefer, best)
+                side.click(chosen, [pair], [kept, pair], api_name=name, **how_run)
         with gr.Tab("Chat"):
             talk = gr.State([])
             window = gr.Chatbot(
@@ -150,7 +194,13 @@ def build(model: UniMM) -> Any:
     return page
 
 
-def launch(model: UniMM, host: str = "127.0.0.1", port: int = 7860, **options: Any) -> Any:
+def launch(
+    model: UniMM,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    ratings: str | Path = "ratings.jsonl",
+    **options: Any,
+) -> Any:
     """Serve the page; blocks unless `prevent_thread_lock=True`. Port 0 takes a free one.
 
     Returns what `gradio.Blocks.launch` does: (app, local address, shared address). ValueError
@@ -165,7 +215,7 @@ def launch(model: UniMM, host: str = "127.0.0.1", port: int = 7860, **options: A
             f"the demo cannot open {host}:{port} ({reason}): choose another --port or --host"
         ) from None
     options = {"max_file_size": MAX_UPLOAD, "server_name": host, "server_port": port, **options}
-    return build(model).queue(max_size=MAX_WAITING).launch(**options)
+    return build(model, ratings).queue(max_size=MAX_WAITING).launch(**options)
 
 
 def within(name: str, value: Any, least: float, most: float) -> float:

@@ -41,14 +41,14 @@ def dispatch(argv: list[str]) -> None:
 def generate(args: argparse.Namespace) -> None:
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
-    if args.n < 1:
-        raise ValueError("-n must be 1 or more")
+    if args.n < 1 or args.best_of < 1:
+        raise ValueError("-n and --best-of must be 1 or more")
     prompts = [args.prompt] if args.prompts is None else read_lines(args.prompts)
     one_file = args.prompts is None and args.n == 1
     out = Path(args.out or ("out.png" if one_file else "out"))
     check_writable(out, folder=not one_file)
     model = load(args)
-    images = model.generate(prompts, args.n, **sampling(args))
+    images = model.generate(prompts, args.n, best_of=args.best_of, **sampling(args))
     if not one_file:
         out.mkdir(exist_ok=True)
     for k, image in enumerate(images):
@@ -97,6 +97,35 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.recipe} is not a recipe: it has neither `config` nor `main`")
 
 
+def preferences(args: argparse.Namespace) -> None:
+    from unimm.training import preferences as made
+
+    out = Path(args.out)
+    candidates = Path(args.candidates or out.with_suffix(".candidates.jsonl"))
+    for path in (out, candidates):
+        check_writable(path, folder=False, endings=(".jsonl",))
+    if args.scenes is not None and (args.prompts is not None or args.scenes < 1):
+        raise ValueError("give either --prompts FILE or --scenes N, with N of 1 or more")
+    model = load(args)
+    if args.prompts is None and args.scenes is None:
+        if not candidates.is_file():
+            raise ValueError(f"give --prompts or --scenes: there is no {candidates} to judge")
+        rows = made.read_lines(candidates)
+    else:
+        world = model.sampling.get("world", "scenes")
+        default = model.sampling.get("guidance", 1.0)
+        guidance = default if args.guidance is None else args.guidance
+        how = made.Sampling(args.answers, guidance, args.temperature, args.seed)
+        prompts = (
+            made.scenes_prompts(args.scenes, world, args.seed)
+            if args.prompts is None
+            else read_lines(args.prompts)
+        )
+        rows = made.sample_candidates(model, prompts, candidates, how)
+    judge = made.find_judge(args.judge, rows)
+    print(json.dumps(made.choose_pairs(model, rows, judge, out, args.margin)))
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from unimm.evaluation import BENCHMARKS
 
@@ -121,7 +150,9 @@ def evaluate(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     from unimm.app import launch
 
-    launch(load(args), args.host, args.port)
+    ratings = Path(args.ratings)
+    check_writable(ratings, folder=False, endings=(".jsonl",))
+    launch(load(args), args.host, args.port, ratings)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -144,6 +175,9 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", metavar="FILE", help="draw one prompt a line of FILE")
     p.add_argument("-o", "--out", help="a .png (out.png), or for several a folder (out)")
     p.add_argument("-n", type=int, default=1, help="pictures of each prompt")
+    p.add_argument(
+        "--best-of", type=int, default=1, metavar="N", help="draw N for each, the model picks"
+    )
     add_sampling(p)
     add_model(p)
     p = command("caption", caption, "say what is in pictures, one line each")
@@ -162,6 +196,16 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("train", train, "train as a recipe says")
     p.add_argument("recipe", metavar="RECIPE.py")
     p.add_argument("words", nargs="*", metavar="key=value", help="what to change in the recipe")
+    p = command("preferences", preferences, "make preferences for DPO from the model's own answers")
+    p.add_argument("out", metavar="OUT.jsonl")
+    p.add_argument("--judge", required=True, help="checker, self, RATINGS.jsonl or FILE.py:NAME")
+    p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    p.add_argument("--scenes", type=int, metavar="N", help="N prompts of the training split")
+    p.add_argument("--answers", type=int, default=8, help="answers drawn for each prompt")
+    p.add_argument("--candidates", metavar="FILE", help="where all answers are kept")
+    p.add_argument("--margin", type=float, default=0.0, help="least difference of two scores")
+    add_sampling(p, filters=False)
+    add_model(p)
     p = command("eval", evaluate, "run a benchmark")
     p.add_argument("benchmark", help="scenes")
     p.add_argument("--n", type=int, help="pictures a split to draw, and as many to ask about")
@@ -173,6 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("demo", demo, "open the demo in a browser")
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=7860)
+    p.add_argument("--ratings", default="ratings.jsonl", help="where choices of the better go")
     add_model(p)
     p = command("info", info, "say what a model is")
     p.add_argument("model", nargs="?", metavar="MODEL")
@@ -184,12 +229,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser, filters: bool = True) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="1 for none")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    if filters:
+        parser.add_argument("--top-k", type=int, default=0)
+        parser.add_argument("--top-p", type=float, default=1.0)
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -50,6 +50,9 @@ class Run:
     count: Callable[..., float] | None = None  # what a loss is divided by; None: batches
     warmup: int = 0
     schedule: str = "constant"  # or "cosine", "linear": to zero at the last step
+    optimizer: str = (
+        "adamw"  # or "muon": for the matrices of transformer layers, AdamW for the rest
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip: float = 1.0

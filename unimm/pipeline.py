@@ -12,6 +12,7 @@ from unimm.checkpoints.native import empty_model, load_model, read_config, save_
 from unimm.data.images import open_image
 from unimm.data.processor import Message, Processor, to_picture, user
 from unimm.inference.engine import Answer, Engine, Request
+from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
 
@@ -61,6 +62,7 @@ class UniMM:
         prompt: str | Sequence[str],
         n: int = 1,
         *,
+        best_of: int = 1,
         guidance: float | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -69,14 +71,22 @@ class UniMM:
     ) -> Any:
         """Draw `n` pictures of each prompt; picture k of the call uses seed + k.
 
+        `best_of`: so many are drawn for each picture (seed + k * best_of and on), and the model
+        itself chooses the one that fits the prompt best by what it sees there.
         Returns one image for one prompt with n=1, else a list (all of the first prompt first).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if n < 1 or not prompts:
-            raise ValueError("ask for at least one picture (n >= 1) of at least one prompt")
-        conversations = [[user(checked_text(p, "prompt"))] for p in prompts for _ in range(n)]
+        if n < 1 or best_of < 1 or not prompts:
+            raise ValueError(
+                "ask for at least one picture (n >= 1, best_of >= 1) of at least one prompt"
+            )
+        texts = [checked_text(p, "prompt") for p in prompts for _ in range(n * best_of)]
         settings = self._settings(guidance, temperature, top_k, top_p)
-        images = self._draw(conversations, settings, seed)
+        images = self._draw([[user(text)] for text in texts], settings, seed)
+        if best_of > 1:
+            scores = agreement(self.model, self.processor, images, texts)
+            starts = range(0, len(images), best_of)
+            images = [images[max(range(k, k + best_of), key=scores.__getitem__)] for k in starts]
         return images[0] if isinstance(prompt, str) and n == 1 else images
 
     def generate_stream(
@@ -160,7 +170,7 @@ class UniMM:
         for start in range(0, len(conversations), BATCH):
             part = conversations[start : start + BATCH]
             answers = self.engine.run(self._requests(part, "image", seed + start), settings)
-            images += self._pictures([answer.codes for answer in answers])
+            images += self.pictures([answer.codes for answer in answers])
         return images
 
     def _requests(self, talks: list[list[Message]], mode: str, seed: int) -> list[Request]:
@@ -181,14 +191,15 @@ class UniMM:
         default = self.sampling.get(kind, self.sampling.get("guidance", 1.0))
         return Settings(default if guidance is None else guidance, temperature, top_k, top_p)
 
-    def _pictures(self, codes: list[list[int]]) -> list[Image.Image]:
+    def pictures(self, codes: Sequence[Sequence[int]]) -> list[Image.Image]:
+        """The pictures of complete lists of codes."""
         return [to_picture(p) for p in self.processor.pixels(codes)]
 
     def _partial(self, codes: list[int]) -> Image.Image:
         """A picture of the codes so far; what is not drawn yet is light grey."""
         rows, columns = self.processor.grid
         missing = rows * columns - len(codes)
-        picture = self._pictures([codes + [codes[-1]] * missing])[0]
+        picture = self.pictures([codes + [codes[-1]] * missing])[0]
         cell = (picture.width // columns, picture.height // rows)
         for k in range(len(codes), rows * columns):
             left, top = k % columns * cell[0], k // columns * cell[1]
@@ -200,7 +211,7 @@ class UniMM:
         for kind, ids in answer.parts:
             if kind == CODE:
                 if len(ids) == self.processor.codes_per_image:
-                    parts.append({"type": "image", "image": self._pictures([ids])[0], "codes": ids})
+                    parts.append({"type": "image", "image": self.pictures([ids])[0], "codes": ids})
             elif words := self.processor.text(ids):
                 parts.append({"type": "text", "text": words})
         return {"role": "assistant", "content": parts}

@@ -105,6 +105,7 @@ class Output(NamedTuple):
     loss: Tensor
     auxiliary: dict[str, Tensor]  # further losses that designs may add (already in `loss`)
     nats: dict[str, tuple[float, float]]  # by kind: summed cross-entropy, number of scored slots
+    log_probs: Tensor  # (B,): each row's scored slots together, differentiable
 
 
 class UnifiedModel(nn.Module):
@@ -148,14 +149,17 @@ class UnifiedModel(nn.Module):
         target, kind, score = batch.ids[:, 1:], batch.kind[:, 1:], batch.score[:, 1:]
         loss = hidden.new_zeros((), dtype=torch.float32)
         nats = {}
+        log_probs = hidden.new_zeros(len(target), dtype=torch.float32)
         for name, k in KINDS.items():
             at = (kind == k) & (score > 0)
             logits = self.logits(hidden[:, :-1][at], k, full=True).float()  # (n, K)
             offset = self.config.decoder.vocab_size if k == CODE and self._shared else 0
             each = F.cross_entropy(logits, target[at] + offset, reduction="none")
-            loss = loss + weights.get(name, 0.0) * (each * score[at]).sum()
-            nats[name] = (float((each.detach() * score[at]).sum()), float(score[at].sum()))
-        return Output(loss / max(total, 1e-8), {}, nats)
+            each = each * score[at]
+            loss = loss + weights.get(name, 0.0) * each.sum()
+            nats[name] = (float(each.detach().sum()), float(score[at].sum()))
+            log_probs = log_probs.index_add(0, at.nonzero()[:, 0], -each)
+        return Output(loss / max(total, 1e-8), {}, nats, log_probs)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, T, D): each slot by the way its kind enters. Only this function knows how."""

@@ -35,9 +35,23 @@ def setup_unified(run: Run) -> Parts:
     options: `prompts` (texts to draw in previews), `guidance` of the previews, `code_rows_only`
     (the shared pathway's stage 1).
     """
+    return unified_parts(run, *open_init(run))
+
+
+def open_init(run: Run) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
+    """Model, processor and sampling defaults of `run.init`."""
     if not run.init:
         raise ValueError("this run starts from a model folder: init=DIR")
-    model, processor, sampling = load_model(run.init)
+    return load_model(run.init)
+
+
+def unified_parts(
+    run: Run, model: UnifiedModel, processor: Processor, sampling: dict[str, Any]
+) -> Parts:
+    """What every run of a unified model has: compiled layers, previews, a model folder at the end.
+
+    Samples may lose their prompt (`run.drop_prompt`).
+    """
     if run.options.get("code_rows_only"):
         model.train_code_rows_only()
     if run.compile and has_compiler():

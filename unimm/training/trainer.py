@@ -40,6 +40,7 @@ class Parts:
     save: Callable[[Path], None] | None = None
     prepare: Callable[[Any, Any], Any] | None = None
     size: Callable[[Any], int] | None = None  # items of like size go into one piece of a batch
+    step: Callable[..., Any] | None = None  # in place of run.step, where it needs what setup made
 
 
 def train(run: Run) -> Path:
@@ -89,7 +90,7 @@ def train(run: Run) -> Path:
             items.sort(key=parts.size)
         return [parts.collate(list(part)) for part in pieces(items, run.accumulate)]
 
-    count = run.count or one
+    count, make_losses = run.count or one, parts.step or run.step
     log = Log(out, run, start, shown=accelerator.is_main_process)
     ahead = prefetch(make_batches, run.steps - start)
     for step in range(start, run.steps):
@@ -103,7 +104,7 @@ def train(run: Run) -> Path:
             batch = send_to_device(batch, accelerator.device)
             last = piece == len(batches) - 1  # ranks exchange gradients once a step
             with nullcontext() if last else accelerator.no_sync(model):
-                for name, loss, metrics in run.step(model, batch, total, run):
+                for name, loss, metrics in make_losses(model, batch, total, run):
                     accelerator.backward(loss * ranks)  # DDP averages; ours is a share of a sum
                     log.add(name, float(loss.detach()) * ranks, metrics)
         for name, optimizer in optimizers.items():
@@ -150,32 +151,38 @@ def setup(run: Run) -> Parts:
 
 
 def make_optimizers(model: nn.Module, run: Run) -> dict[str, Optimizer]:
-    """One AdamW for each named list of rates. Parameters that no list trains are frozen."""
+    """One AdamW for each named list of rates. Parameters that no list trains are frozen.
+
+    With `run.optimizer` "muon", the matrices inside transformer layers go to a Muon "NAME_matrices"
+    instead (Moonlight, arXiv 2502.16982: its updates have AdamW's size, so one rate suits both).
+    """
+    if run.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer is 'adamw' or 'muon', not {run.optimizer!r}")
     plans = run.train if isinstance(run.train, dict) else {"main": run.train}
-    names = dict(model.named_parameters())
-    chosen: dict[str, dict[float, list[nn.Parameter]]] = {plan: {} for plan in plans}
-    for name, parameter in names.items():
+    # (plan, in a Muon) -> (rate, weight decay) -> parameters
+    chosen: dict[tuple[str, bool], dict[tuple[float, float], list[nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
         rates = {plan: rate_of(name, plans[plan]) for plan in plans}
         plan = next((plan for plan, rate in rates.items() if rate is not None), None)
         parameter.requires_grad_(plan is not None)
         if plan is not None:
-            chosen[plan].setdefault(rates[plan] or 0.0, []).append(parameter)
-    optimizers: dict[str, Optimizer] = {}
-    for plan, by_rate in chosen.items():
-        groups = []
-        for rate, parameters in by_rate.items():
-            for decay, members in (
-                (run.weight_decay, [p for p in parameters if p.ndim > 1]),
-                (0.0, [p for p in parameters if p.ndim <= 1]),
-            ):
-                if members:
-                    groups.append(
-                        {"params": members, "lr": rate, "rate": rate, "weight_decay": decay}
-                    )
-        if groups:  # a discriminator's plan is empty where there is none
-            optimizers[plan] = AdamW(groups, betas=run.betas, fused=True)
-    if next(iter(plans)) not in optimizers:
+            matrix = parameter.ndim == 2 and ".layers." in name
+            decay = run.weight_decay if parameter.ndim > 1 else 0.0
+            groups = chosen.setdefault((plan, matrix and run.optimizer == "muon"), {})
+            groups.setdefault((rates[plan] or 0.0, decay), []).append(parameter)
+    if next(iter(plans)) not in {plan for plan, _ in chosen}:
         raise ValueError(f"no parameter matches the patterns of this run: {plans}")
+    optimizers: dict[str, Optimizer] = {}
+    for (plan, muon), by_rate in chosen.items():  # a discriminator's plan is empty without one
+        members: list[dict[str, Any]] = [
+            {"params": parameters, "lr": rate, "rate": rate, "weight_decay": decay}
+            for (rate, decay), parameters in by_rate.items()
+        ]
+        if muon:
+            how: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
+            optimizers[f"{plan}_matrices"] = torch.optim.Muon(members, **how)
+        else:
+            optimizers[plan] = AdamW(members, betas=run.betas, fused=True)
     return optimizers
 
 

@@ -12,6 +12,7 @@ from .meaning import Spec, complete, parse, satisfies
 from .questions import (
     QUESTION_TYPES,
     Question,
+    implied_questions,
     normalize_answer,
     open_questions,
     questions,
@@ -67,6 +68,7 @@ __all__ = [
     "get_world",
     "held_out_pair",
     "held_out_triple",
+    "implied_questions",
     "is_held_out",
     "look",
     "main_relation",

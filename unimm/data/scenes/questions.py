@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .language import NUMBERS, RELATION_PHRASES, express, phrase, pick, plural, with_article
+from .meaning import Spec
 from .references import clear_relations, named, refer, two_of
 from .world import (
     OPPOSITE,
@@ -73,6 +74,32 @@ def text_dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str
     told = [express(scene, rng, opening=False, **everything) for _ in range(3)]
     order = rng.permutation(len(asked))
     return [(f"{pick(told, rng)}. {asked[k].text}", asked[k].answer) for k in order]
+
+
+def implied_questions(spec: Spec) -> list[tuple[str, str]]:
+    """Questions and answers that hold of every picture of what was said, in plain phrasings."""
+    total = sum(count for count, *_ in spec.groups)
+    asked = [("how many objects are there?", NUMBERS[total])] if total < len(NUMBERS) else []
+    shapes: Counter[str] = Counter()
+    for count, _, _, shape in spec.groups:
+        shapes[shape] += count
+    asked += [(f"how many {plural(s)} are there?", NUMBERS[n]) for s, n in shapes.items()]
+    for count, size, color, shape in spec.groups:
+        name = shape if shapes[shape] == 1 else phrase((1, None, color, shape), article=False)
+        if color and shapes[shape] == 1:
+            asked.append((f"what color is the {shape}?", color))
+        elif color:
+            asked.append((f"is there {phrase((1, None, color, shape))}?", "yes"))
+        if size and count == 1 and (color or shapes[shape] == 1):
+            asked.append((f"is the {name} small or large?", size))
+    for i, relation, j in spec.relations:
+        first, second = spec.groups[i], spec.groups[j]
+        if first[0] == second[0] == 1:
+            a, b = (phrase((1, None, *g[2:]), article=False) for g in (first, second))
+            asked.append((f"is the {a} {relation} the {b}?", "yes"))
+    if spec.background:
+        asked.append(("what color is the background?", spec.background))
+    return asked
 
 
 # ---------------------------------------------------------------------------- open questions

@@ -1,0 +1,37 @@
+"""DPO: the model learns to prefer, of its own pictures and words, the better ones.
+
+unimm preferences pairs.jsonl --judge checker --scenes 2000
+unimm train train/dpo.py init=runs/scenes/model data.pairs.options.path=pairs.jsonl out=runs/dpo
+
+Everything but the encoder of seen pictures learns, with a next-token term on the chosen answers
+(as Emu3 does). Cost and what it brought: see train/README.md.
+"""
+
+from unimm.config import Run, Source
+from unimm.training.dpo import dpo_step, pair_count, preferences, setup_dpo
+
+config = Run(
+    init="unimm/assets/scenes",
+    out="runs/dpo",
+    setup=setup_dpo,
+    step=dpo_step,
+    count=pair_count,
+    train=((r"vision\..*", None), (r".*", 1e-4)),
+    data={"pairs": Source(preferences, options={"path": "pairs.jsonl"})},
+    steps=200,
+    batch_size=64,
+    accumulate=2,
+    warmup=20,
+    schedule="linear",
+    log_every=10,
+    options={
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "next_token": 0.1,
+        "per_slot": False,
+        "reference": "cached",
+        "lora_rank": 16,
+        "prompts": [],
+        "guidance": 2.0,
+    },
+)

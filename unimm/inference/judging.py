@@ -1,0 +1,44 @@
+"""The model as its own judge: does what it sees in a picture agree with what was asked for?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from unimm.data.processor import Processor, assistant, user
+from unimm.data.scenes import implied_questions, parse
+from unimm.model.unified import UnifiedModel
+
+BATCH = 32
+
+
+@torch.inference_mode()
+def agreement(
+    model: UnifiedModel, processor: Processor, pictures: Sequence[Any], prompts: Sequence[str]
+) -> list[float]:
+    """How well each picture fits its prompt by the model's own understanding, 0 at best.
+
+    The questions that the prompt implies ("how many stars are there?") are put to the model one
+    after the other, and the log-probabilities of the answers that the prompt demands are summed.
+    A prompt outside the language of Scenes becomes one question.
+    """
+    scores: list[float] = []
+    device = model.decoder.norm.weight.device
+    for k in range(0, len(pictures), BATCH):
+        samples = []
+        for picture, prompt in zip(pictures[k : k + BATCH], prompts[k : k + BATCH], strict=True):
+            asked = wanted(prompt)
+            talk = [user(picture, asked[0][0]), assistant(asked[0][1])]
+            for question, answer in asked[1:]:
+                talk += [user(question), assistant(answer)]
+            samples.append(processor.encode(talk))
+        scores += model(processor.collate(samples).to(device)).log_probs.tolist()
+    return scores
+
+
+def wanted(prompt: str) -> list[tuple[str, str]]:
+    """Questions about a picture of `prompt`, with the answers that it should get."""
+    spec = parse(prompt)
+    if spec is None:
+        return [(f"does the picture show {prompt}?", "yes")]
+    return implied_questions(spec)

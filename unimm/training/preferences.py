@@ -1,0 +1,286 @@
+"""Preferences: several answers of the model to a prompt, a judge, the best against the worst.
+
+Two files: CANDIDATES holds all answers with the codes that were drawn (a picture that is encoded
+again would have others); from it and a judge come the preferences that `train/dpo.py` reads.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from unimm.data.processor import Message, user
+from unimm.data.scenes import WORLDS, check, parse, prompt, sample_scene
+from unimm.inference.engine import Request
+from unimm.inference.judging import agreement
+from unimm.inference.sampling import Settings
+from unimm.model.unified import CODE
+from unimm.pipeline import UniMM, checked_text
+
+Row = dict[str, Any]
+Judge = Callable[[UniMM, list[Row]], list[list[float]]]  # rows of candidates -> a score an answer
+PROMPTS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How candidates are drawn. answer: "image", or "text" for words."""
+
+    answers: int = 8
+    guidance: float = 1.0
+    temperature: float = 1.0
+    seed: int = 0
+    answer: str = "image"
+
+    def __post_init__(self) -> None:
+        if self.answers < 2:
+            raise ValueError("to prefer one answer to another takes 2 or more of them")
+        if self.answer not in ("image", "text"):
+            raise ValueError(f"an answer is 'image' or 'text', not {self.answer!r}")
+
+
+def scenes_prompts(count: int, world: str, seed: int = 0) -> list[str]:
+    """`count` different prompts about scenes of the train split."""
+    found: dict[str, None] = {}
+    for k in range(100 * count):
+        if len(found) == count:
+            break
+        rng = np.random.default_rng((seed, 31, k))
+        found.setdefault(prompt(sample_scene(WORLDS[world], rng), rng))
+    return list(found)
+
+
+def sample_candidates(
+    model: UniMM, prompts: Iterable[str | list[Message]], path: Path, how: Sampling
+) -> list[Row]:
+    """Answers to every prompt, a line of `path` each; what is there already is not drawn again.
+
+    A prompt is a text, or messages that end with the user's. Prompts and answers that come twice
+    are kept once. Returns the rows {"id", "prompt", "answers": [[message], …]} in order.
+    """
+    wanted: dict[str, list[Message]] = {}
+    for words in prompts:
+        talk = [user(checked_text(words, "prompt"))] if isinstance(words, str) else words
+        wanted.setdefault(name_of(talk, how), talk)
+    if not wanted:
+        raise ValueError("there is no prompt to sample answers for")
+    begun = path.exists() and path.stat().st_size > 0
+    there = {row["id"]: row for row in read_lines(path)} if begun else {}
+    write_lines(path, there.values())  # without a line that a stopped run left unfinished
+    missing = [name for name in wanted if name not in there]
+    with path.open("a", encoding="utf-8") as file:
+        for k in tqdm(range(0, len(missing), PROMPTS_AT_ONCE), desc="sampling", disable=None):
+            names = missing[k : k + PROMPTS_AT_ONCE]
+            for row in sample(model, {n: wanted[n] for n in names}, how):
+                there[row["id"]] = row
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+    return [there[name] for name in wanted]
+
+
+def sample(model: UniMM, talks: dict[str, list[Message]], how: Sampling) -> Iterator[Row]:
+    """Answers to prompts by their names: {"id", "prompt", "answers"}, equal answers once."""
+    settings = Settings(how.guidance, how.temperature, text_temperature=how.temperature)
+    requests = [
+        Request(model.processor.encode(talk, how.answer), how.answer, seed_of(name, how) + k)
+        for name, talk in talks.items()
+        for k in range(how.answers)
+    ]
+    answers = iter(model.engine.run(requests, settings))
+    for name, talk in talks.items():
+        found = []
+        for _ in range(how.answers):
+            parts = [
+                {"type": "image", "codes": [int(code) for code in ids]}
+                if kind == CODE
+                else {"type": "text", "text": model.processor.text(ids)}
+                for kind, ids in next(answers).parts
+            ]
+            message = {"role": "assistant", "content": parts}
+            if parts and [message] not in found:
+                found.append([message])
+        yield {"id": name, "prompt": talk, "answers": found}
+
+
+def name_of(talk: list[Message], how: Sampling) -> str:
+    """A name for a prompt with its way of sampling, from what is in them."""
+    text = json.dumps([talk, asdict(how)], sort_keys=True)
+    return hashlib.sha1(text.encode()).hexdigest()[:16]
+
+
+def seed_of(name: str, how: Sampling) -> int:
+    return (how.seed << 40) + int(name[:8], 16)
+
+
+# ---------------------------------------------------------------------------- judges
+
+
+def checker_judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
+    """1 for a picture that shows exactly what a Scenes prompt says, else 0, from its pixels."""
+    world = model.sampling.get("world", "scenes")
+    scores = []
+    for row in rows:
+        words = words_of(row["prompt"])
+        if parse(words) is None:
+            raise ValueError(f"the checker judges prompts of Scenes, and this is none: {words!r}")
+        pictures = model.pictures([codes_of(answer) for answer in row["answers"]])
+        scores.append([float(check(np.asarray(p), words, world)) for p in pictures])
+    return scores
+
+
+def self_judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
+    """How well the model itself thinks that each picture fits, see `agreement`."""
+    pictures, prompts = [], []
+    for row in rows:
+        pictures += model.pictures([codes_of(answer) for answer in row["answers"]])
+        prompts += [words_of(row["prompt"])] * len(row["answers"])
+    scores = iter(agreement(model.model, model.processor, pictures, prompts))
+    return [[next(scores) for _ in row["answers"]] for row in rows]
+
+
+def ratings_judge(path: Path, rows: list[Row]) -> Judge:
+    """People's ratings: JSONL lines {"id": of a candidate row, "scores": [one an answer]}.
+
+    Candidates without a rating are left out (equal scores). Raises ValueError for an unknown id or
+    a wrong number of scores.
+    """
+    known = {row["id"]: len(row["answers"]) for row in rows}
+    rated: dict[str, list[float]] = {}
+    for line in read_lines(path):
+        name, scores = str(line.get("id")), line.get("scores")
+        if name not in known:
+            raise ValueError(f"{path}: there is no candidate with the id {name!r}")
+        if not isinstance(scores, list) or len(scores) != known[name]:
+            raise ValueError(f"{path}: {name} has {known[name]} answers, each needs a score")
+        rated[name] = [float(score) for score in scores]
+
+    def judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
+        return [rated.get(row["id"], [0.0] * len(row["answers"])) for row in rows]
+
+    return judge
+
+
+def function_judge(function: Callable[[str, Any], float]) -> Judge:
+    """Any Python function (prompt, PIL image or text) -> score."""
+
+    def judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
+        return [
+            [float(function(words_of(row["prompt"]), shown(model, a))) for a in row["answers"]]
+            for row in rows
+        ]
+
+    return judge
+
+
+def find_judge(name: str, rows: list[Row]) -> Judge:
+    """'checker', 'self', a ratings file, or FILE.py:function."""
+    if name in ("checker", "self"):
+        return {"checker": checker_judge, "self": self_judge}[name]
+    file, colon, function = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        from unimm.config import load_recipe
+
+        module = load_recipe(file)
+        if not callable(getattr(module, function, None)):
+            raise ValueError(f"{file} has no function {function!r}")
+        return function_judge(getattr(module, function))
+    if not Path(name).is_file():
+        raise ValueError(
+            f"a judge is 'checker', 'self', a ratings file or FILE.py:function, not {name!r}"
+        )
+    return ratings_judge(Path(name), rows)
+
+
+def choose_pairs(
+    model: UniMM, rows: list[Row], judge: Judge, path: Path, margin: float = 0.0
+) -> dict[str, Any]:
+    """Write the best against the worst answer of every prompt; returns counts and mean scores.
+
+    Prompts whose best and worst score differ by `margin` or less give no preference. Of equal
+    scores the earlier answer counts as the better one.
+    """
+    pairs, scores = [], []
+    for k in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc="judging", disable=None):
+        part = rows[k : k + PROMPTS_AT_ONCE]
+        for row, found in zip(part, judge(model, part), strict=True):
+            if not found:
+                continue
+            scores.append((float(np.mean(found)), max(found)))
+            best, worst = int(np.argmax(found)), int(np.argmin(found))
+            if found[best] - found[worst] > margin:
+                a, b = row["answers"][best], row["answers"][worst]
+                kept = {"id": row["id"], "scores": [found[best], found[worst]]}
+                pairs.append({"prompt": row["prompt"], "chosen": a, "rejected": b, **kept})
+    if not pairs:
+        raise ValueError("the judge prefers no answer to another, so there are no preferences")
+    write_lines(path, pairs)
+    mean, best_mean = np.mean(scores, axis=0)
+    return {
+        "prompts": len(rows),
+        "pairs": len(pairs),
+        "mean_score": round(float(mean), 4),
+        "best_score": round(float(best_mean), 4),
+    }
+
+
+def shown(model: UniMM, answer: list[Message]) -> Any:
+    """An answer as a person sees it: a PIL image, or text."""
+    codes = codes_of(answer)
+    if codes:
+        return model.pictures([codes])[0]
+    return " ".join(p["text"] for m in answer for p in m["content"] if p["type"] == "text")
+
+
+def codes_of(answer: Sequence[Message]) -> list[int]:
+    """The codes of the first picture in an answer; none in words alone."""
+    parts = (part for message in answer for part in message["content"])
+    return next((part["codes"] for part in parts if part["type"] == "image"), [])
+
+
+def words_of(talk: Sequence[Message]) -> str:
+    """The text of the last user message."""
+    content = talk[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part["type"] == "text")
+
+
+def add_preference(path: Path, row: Row, best: int, worst: int) -> int:
+    """Append what somebody preferred among a row of candidates; returns how many there are now."""
+    pair = {"chosen": row["answers"][best], "rejected": row["answers"][worst]}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": row["prompt"], **pair, "id": row["id"]}) + "\n")
+    return len(read_lines(path))
+
+
+def write_lines(path: Path, rows: Iterable[Row]) -> None:
+    """JSONL, written whole."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_lines(path: Path) -> list[Row]:
+    """JSONL; ValueError with the line's number for what is no JSON object. An unfinished last line
+    (of a killed run) is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                continue
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows
