@@ -132,3 +132,69 @@ def test_a_real_model_runs_through_and_is_reproducible(tmp_path, capsys):
 def test_n_is_checked(n, capsys):
     assert main(["eval", "scenes", "--n", n]) == 2
     assert "1 or more" in capsys.readouterr().err
+
+
+def test_intervals_know_that_questions_of_a_scene_hang_together():
+    """Ten copies of each answer are no more evidence than one."""
+    rng = np.random.default_rng(0)
+    once, often = bench.Tally(), bench.Tally()
+    for k in range(400):
+        right = rng.random() < 0.3
+        once.add("x", k, right)
+        for _ in range(10):
+            often.add("x", k, right)
+    p = once.rate("x")
+    assert once.variance("x") == pytest.approx(p * (1 - p) / 400)
+    assert often.variance("x") == pytest.approx(once.variance("x"))
+    loose = bench.Tally()
+    for k in range(4000):
+        loose.add("x", k // 10, k % 10 < 3)  # every scene is the same
+    assert loose.variance("x") == pytest.approx(0, abs=1e-12)
+
+
+def test_intervals_are_those_of_repeated_runs():
+    """The stated half-width against the spread of the figure itself, over 300 simulated runs."""
+    rng, figures, widths = np.random.default_rng(1), [], []
+    for _ in range(300):
+        run = {s: {k: bench.Tally() for k in bench.HEADS} for s in ("train", "pairs", "triples")}
+        for split, kinds in run.items():
+            for t, task in enumerate(bench.TASKS if split != "triples" else ("position",)):
+                for k in range(20):
+                    kinds["generation"].add(task, k, rng.random() < 0.2 + 0.1 * t)
+            kinds["understanding"].add("yes_no", 0, 1)
+            kinds["edits"].add("edit", 0, 1)
+        figures.append(bench.scores(run)["held_out"]["generation"]["overall"])
+        widths.append(bench.interval([run])["held_out.generation"])
+    assert np.mean(widths) == pytest.approx(1.96 * np.std(figures), rel=0.15)
+
+
+def test_paired_differences(monkeypatch, tmp_path, capsys):
+    right = bench.evaluate(Oracle(monkeypatch), n=36)
+    monkeypatch.undo()
+    wrong = bench.evaluate(Oracle(monkeypatch, lie=True), n=36, before=right["items"])
+    assert wrong["paired"]["change"]["held_out.understanding"] == -1
+    assert wrong["paired"]["interval95"]["held_out.understanding"] == 0
+    change = wrong["paired"]["change"]["seen.generation"]
+    assert change == pytest.approx(wrong["seen"]["generation"]["overall"] - 1, abs=1e-4)
+    half = [{s: {k: {n: [(i, r if j % 2 else 0) for j, (i, r) in enumerate(items)]
+             for n, items in names.items()} for k, names in kinds.items()}
+             for s, kinds in run.items()} for run in right["items"]]  # fmt: skip
+    found = bench.paired(half, right["items"])
+    assert found["change"]["seen.generation"] == pytest.approx(0.5, abs=0.01)
+    assert 0.1 < found["interval95"]["seen.generation"] < 0.25  # 1.96 * 0.5 / 6
+    for other in ([], [{"train": {}}]):
+        with pytest.raises(ValueError, match="same"):
+            bench.paired(other, right["items"])
+
+
+def test_the_command_compares_two_models(tmp_path, capsys):
+    UniMM(*tiny_model(max_positions=1024), {"world": "scenes-mini"}).save_pretrained(tmp_path / "m")
+    words = ["eval", "scenes", "--n", "6", "--model", str(tmp_path / "m")]
+    items = str(tmp_path / "items.json")
+    assert main([*words, "--items", items]) == 0
+    capsys.readouterr()
+    assert main([*words, "--before", items]) == 0
+    assert set(json.loads(capsys.readouterr().out)["paired"]["change"].values()) == {0.0}
+    (tmp_path / "items.json").write_text("{")
+    assert main([*words, "--before", items]) == 2
+    assert "not valid JSON" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LONGEST = 1000  # characters of an error line
+MODEL = "a model folder or a Hub id (name/model[@revision]); the bundled one if absent"
+DTYPE = "float32, bfloat16, float16, or auto for that of the files"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,14 +136,19 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"no benchmark {args.benchmark!r}: choose one of {names}")
     if (args.n is not None and args.n < 1) or args.seeds < 1:
         raise ValueError("--n and --seeds must be 1 or more")
-    if args.json:
-        check_writable(Path(args.json), folder=False, endings=(".json",))
-    options = {} if args.n is None else {"n": args.n}
+    for path in filter(None, (args.json, args.items)):
+        check_writable(Path(path), folder=False, endings=(".json",))
+    options: dict[str, Any] = {} if args.n is None else {"n": args.n}
     if args.guidance is not None:
         options["guidance"] = args.guidance
     run = BENCHMARKS[args.benchmark]()
+    if args.before:
+        options["before"] = read_json(args.before)
     result = run(load(args), seeds=args.seeds, blind=args.blind, **options)
+    items = json.dumps(result.pop("items"))
     text = json.dumps(result, indent=1)
+    if args.items:
+        write_whole(Path(args.items), lambda path: path.write_text(items + "\n"))
     if args.json:
         write_whole(Path(args.json), lambda path: path.write_text(text + "\n"))
     print(text)
@@ -159,6 +166,12 @@ def info(args: argparse.Namespace) -> None:
     from unimm.pipeline import describe
 
     print(describe(args.model))
+
+
+def convert_model(args: argparse.Namespace) -> None:
+    from unimm.checkpoints.convert import convert
+
+    print(convert(args.source, args.target, args.to, args.dtype))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -213,20 +226,28 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance", type=float, help="the model's own if absent")
     p.add_argument("--blind", action="store_true", help="control: hide prompts and pictures")
     p.add_argument("--json", metavar="FILE", help="write the result there too")
+    p.add_argument("--items", metavar="FILE", help="write there what was right, item by item")
+    p.add_argument("--before", metavar="FILE", help="another model's --items: what changed")
     add_model(p)
     p = command("demo", demo, "open the demo in a browser")
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=7860)
     p.add_argument("--ratings", default="ratings.jsonl", help="where choices of the better go")
     add_model(p)
-    p = command("info", info, "say what a model is")
-    p.add_argument("model", nargs="?", metavar="MODEL")
+    p = command("info", info, "say what a model is, from its configuration alone")
+    p.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
+    p = command("convert", convert_model, "write a model in another format")
+    p.add_argument("source", metavar="SOURCE", help=MODEL)
+    p.add_argument("target", metavar="TARGET", help="a folder that is not there yet")
+    p.add_argument("--to", required=True, help="unimm or janus-hf")
+    p.add_argument("--dtype", default="auto", help=f"of the weights: {DTYPE}")
     return parser
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="a model folder; the bundled one if absent")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help=MODEL)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", default="float32", help=DTYPE)
 
 
 def add_sampling(parser: argparse.ArgumentParser, filters: bool = True) -> None:
@@ -246,7 +267,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> Any:
     from unimm.pipeline import UniMM
 
-    return UniMM.from_pretrained(args.model, args.device)
+    return UniMM.from_pretrained(args.model, args.device, args.dtype)
 
 
 def read_lines(path: str) -> list[str]:
@@ -258,6 +279,13 @@ def read_lines(path: str) -> list[str]:
     if not lines:
         raise ValueError(f"{path} holds no prompt")
     return lines
+
+
+def read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

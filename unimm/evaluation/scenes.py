@@ -57,17 +57,32 @@ class Protocol:
 
 @dataclass
 class Tally:
-    """Right and asked, by name."""
+    """How right each item was, by name, as (scene, 0 or 1) in the order asked.
 
-    right: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    Of two runs compared, an item is their difference.
+    """
 
-    def add(self, name: str, right: bool) -> None:
-        self.right[name] += right
-        self.asked[name] += 1
+    items: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, name: str, scene: int, right: float) -> None:
+        self.items[name].append((scene, float(right)))
+
+    @property
+    def asked(self) -> dict[str, int]:
+        return {name: len(found) for name, found in self.items.items()}
 
     def rate(self, name: str) -> float:
-        return self.right[name] / self.asked[name] if self.asked[name] else math.nan
+        return float(np.mean([right for _, right in self.items[name]]))
+
+    def variance(self, name: str) -> float:
+        """Of `rate`, where the items of one scene may hang together (cluster-robust)."""
+        rate, off = self.rate(name), defaultdict(float)
+        for scene, right in self.items[name]:
+            off[scene] += right - rate
+        return sum(value**2 for value in off.values()) / len(self.items[name]) ** 2
+
+
+Tallies = dict[str, dict[str, Tally]]  # by split and kind
 
 
 def evaluate(
@@ -78,12 +93,14 @@ def evaluate(
     guidance: float | None = None,
     temperature: float = 1.0,
     world: str | None = None,
+    before: list[Any] | None = None,
 ) -> dict[str, Any]:
     """All scores of a model on Scenes, in 0..1, means over `seeds` runs on different scenes.
 
     `blind`: the control, which draws without the prompt's words and answers about a grey picture.
+    `before`: the "items" of another model's result; what changed is then in "paired".
     Returns {"held_out": {"generation": …, "understanding": …, "edits": …}, "seen": {…},
-    "protocol": {…}}.
+    "protocol": {…}, "items": [what was right, one entry a seed]}.
     """
     default = model.sampling.get("guidance", 1.0)
     protocol = Protocol(
@@ -96,22 +113,32 @@ def evaluate(
         blind=blind,
     )
     runs = [one_seed(model, protocol, protocol.first_seed + k) for k in range(seeds)]
-    result = average([run["scores"] for run in runs])
-    return {
-        **result,
+    scored = [scores(run) for run in runs]
+    splits = [
+        {split: {k: summary(k, [t]) for k, t in kinds.items()} for split, kinds in run.items()}
+        for run in runs
+    ]
+    counts = {split: {k: t.asked for k, t in kinds.items()} for split, kinds in runs[0].items()}
+    result = {
+        **average(scored),
         "protocol": {
             **vars(protocol),
-            "splits": average([run["splits"] for run in runs]),
-            "counts": runs[0]["counts"],
+            "splits": average(splits),
+            "counts": counts,
             "interval95": interval(runs),
-            "spread": spread([run["scores"] for run in runs]),
+            "spread": spread(scored),
         },
+        "items": [
+            {split: {k: dict(t.items) for k, t in kinds.items()} for split, kinds in run.items()}
+            for run in runs
+        ],
     }
+    return result if before is None else {**result, "paired": paired(before, result["items"])}
 
 
-def one_seed(model: UniMM, protocol: Protocol, seed: int) -> dict[str, Any]:
-    """Scores of one seed, the same by split, and how many of each were asked."""
-    tallies = {
+def one_seed(model: UniMM, protocol: Protocol, seed: int) -> Tallies:
+    """What is right, by split and kind."""
+    return {
         split: {
             "generation": score_generation(model, protocol, split, seed),
             "understanding": score_understanding(model, protocol, split, seed),
@@ -120,18 +147,39 @@ def one_seed(model: UniMM, protocol: Protocol, seed: int) -> dict[str, Any]:
         for group in SPLITS.values()
         for split in group
     }
-    splits = {
-        split: {k: summary(k, [t]) for k, t in tally.items()} for split, tally in tallies.items()
-    }
-    scores = {
-        name: {kind: summary(kind, [tallies[split][kind] for split in group]) for kind in HEADS}
+
+
+def scores(run: Tallies) -> dict[str, Any]:
+    """Scores by group of splits and kind."""
+    return {
+        name: {kind: summary(kind, [run[split][kind] for split in group]) for kind in HEADS}
         for name, group in SPLITS.items()
     }
-    counts = {
-        split: {kind: dict(t.asked) for kind, t in tally.items()}
-        for split, tally in tallies.items()
-    }
-    return {"scores": scores, "splits": splits, "counts": counts}
+
+
+def paired(before: list[Any], after: list[Any]) -> dict[str, Any]:
+    """What changed on the same items: headline figures after less before, and 95 % half-widths.
+
+    Raises ValueError where the two are not the same items.
+    """
+    if len(before) != len(after):
+        raise ValueError("to compare item by item takes the same seeds")
+    runs: list[Tallies] = []
+    for old, new in zip(before, after, strict=True):
+        changed: Tallies = {}
+        for split, kinds in new.items():
+            for kind, names in kinds.items():
+                tally = changed.setdefault(split, {}).setdefault(kind, Tally())
+                for name, items in names.items():
+                    others = old.get(split, {}).get(kind, {}).get(name, [])
+                    if [scene for scene, _ in items] != [scene for scene, _ in others]:
+                        raise ValueError(f"{split}, {name}: these are not the same items")
+                    for (scene, a), (_, b) in zip(items, others, strict=True):
+                        tally.add(name, scene, a - b)
+        runs.append(changed)
+    means = average([scores(run) for run in runs])
+    heads = {f"{g}.{kind}": means[g][kind]["overall"] for g in SPLITS for kind in HEADS}
+    return {"change": heads, "interval95": interval(runs)}
 
 
 def score_generation(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tally:
@@ -148,8 +196,8 @@ def score_generation(model: UniMM, protocol: Protocol, split: str, seed: int) ->
     settings = Settings(protocol.guidance, protocol.temperature)
     talks = [[user(words)] for _, words in jobs]
     pixels = draw(model, talks, settings, seed * 100_003, protocol.blind)
-    for (task, words), picture in zip(jobs, pixels, strict=True):
-        tally.add(task, check(picture, words, protocol.world))
+    for k, ((task, words), picture) in enumerate(zip(jobs, pixels, strict=True)):
+        tally.add(task, k, check(picture, words, protocol.world))
     return tally
 
 
@@ -157,7 +205,7 @@ def score_understanding(model: UniMM, protocol: Protocol, split: str, seed: int)
     """Captions, open answers, and yes/no pairs (MME: accuracy; accuracy+ when both are right)."""
     world, tally = WORLDS[protocol.world], Tally()
     asked: list[tuple[Any, str]] = []
-    marks: list[tuple[str, Any]] = []
+    marks: list[tuple[str, int, Any]] = []
     for k in range(max(1, protocol.n // (2 if split != "train" else 1))):
         rng = np.random.default_rng((seed, 77, k, _split_key(split)))
         scene = sample_scene(world, rng, split=split)
@@ -165,28 +213,27 @@ def score_understanding(model: UniMM, protocol: Protocol, split: str, seed: int)
         if protocol.blind:
             picture = np.full_like(picture, 127)
         asked.append((picture, "describe the picture"))
-        marks.append(("caption", scene))
+        marks.append(("caption", k, scene))
         for question in _chosen(scene, protocol.world, rng):
             asked.append((picture, question.text))
-            marks.append((question.type, question))
+            marks.append((question.type, k, question))
     answers = model.ask_all(asked)
     pairs: dict[Any, list[bool]] = defaultdict(list)
-    for index, ((kind, truth), answer) in enumerate(zip(marks, answers, strict=True)):
+    for (kind, k, truth), answer in zip(marks, answers, strict=True):
         if kind == "caption":
             spec = parse(answer)
-            tally.add("caption_exact", spec is not None and complete(spec, truth))
-            number = index
+            tally.add("caption_exact", k, spec is not None and complete(spec, truth))
             continue
         right = normalize_answer(answer) == normalize_answer(truth.answer)
         if truth.yes_no:
-            tally.add("yes_no", right)
-            tally.add(f"yes_no_{kind}", right)
-            pairs[(number, truth.pair)].append(right)
+            tally.add("yes_no", k, right)
+            tally.add(f"yes_no_{kind}", k, right)
+            pairs[(k, truth.pair)].append(right)
         else:
-            tally.add("open", right)
-            tally.add(f"open_{kind}", right)
-    for both in pairs.values():
-        tally.add("accuracy_plus", all(both))
+            tally.add("open", k, right)
+            tally.add(f"open_{kind}", k, right)
+    for (k, _), both in pairs.items():
+        tally.add("accuracy_plus", k, all(both))
     return tally
 
 
@@ -199,8 +246,8 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     talks = [edit_messages(render(before, world), words) for before, words, _ in jobs]
     settings = Settings(protocol.edit_guidance, protocol.temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
-    for (before, _, after), picture in zip(jobs, pixels, strict=True):
-        tally.add("edit", edit_holds(before, _seen(picture, protocol), after))
+    for k, ((before, _, after), picture) in enumerate(zip(jobs, pixels, strict=True)):
+        tally.add("edit", k, edit_holds(before, _seen(picture, protocol), after))
     return tally
 
 
@@ -254,19 +301,19 @@ def spread(runs: list[Any]) -> dict[str, Any]:
     return {name: round(float(np.std(values, ddof=ddof)), 4) for name, values in heads.items()}
 
 
-def interval(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Half-widths of 95 % intervals of the headline figures, from the number asked (binomial)."""
+def interval(runs: list[Tallies]) -> dict[str, float]:
+    """Half-widths of 95 % intervals of the headline figures, over all seeds together."""
     widths = {}
     for group, splits in SPLITS.items():
-        for kind, names in HEADS.items():
-            p = float(np.mean([run["scores"][group][kind]["overall"] for run in runs]))
-            asked = sum(
-                run["counts"][split][kind].get(name, 0)
-                for run in runs
-                for split in splits
-                for name in names
-            )
-            widths[f"{group}.{kind}"] = round(1.96 * math.sqrt(p * (1 - p) / max(1, asked)), 4)
+        for kind, heads in HEADS.items():
+            total = 0.0
+            for run in runs:
+                asked = {n: [t for s in splits if n in (t := run[s][kind]).items] for n in heads}
+                asked = {name: tallies for name, tallies in asked.items() if tallies}
+                for name, tallies in asked.items():  # `summary` weighs tasks, and splits, equally
+                    weight = 1 / (len(asked) * len(tallies) * len(runs))
+                    total += sum(weight**2 * tally.variance(name) for tally in tallies)
+            widths[f"{group}.{kind}"] = round(1.96 * math.sqrt(total), 4)
     return widths
 
 
