@@ -98,6 +98,7 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
         "siglip",
         "siglip.py",
         options={"text_tokenizer": words, "vision": dataclasses.asdict(vision)},
+        compile=plan["compile"],
     )
     decoder = DecoderConfig(
         vocab_size=0,  # set by `assemble`, as is the number of codes

@@ -16,7 +16,8 @@ config = Run(
     out="runs/stage2",
     step=next_token,
     count=scored_weight,
-    train=((r"vision\..*", None), (r".*", 1e-3)),
+    train=((r"vision\..*", None), (r".*", 2e-3)),
+    optimizer="muon",
     data={
         "captions": Source(scenes_captions, weight=1, options={"store": "runs/store"}),
         "questions": Source(scenes_questions, weight=1, options={"store": "runs/store"}),

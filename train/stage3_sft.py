@@ -22,10 +22,12 @@ config = Run(
     out="runs/stage3",
     step=next_token,
     count=scored_weight,
-    train=((r"vision\..*", 2e-4), (r".*", 6e-4)),
+    train=((r"vision\..*", 5e-4), (r".*", 2e-3)),
+    optimizer="muon",
+    kind_weights={"text": 3.0, "code": 1.0},  # 64 codes drown a one-word answer
     data={
         "captions": Source(scenes_captions, weight=2, options={"store": "runs/store"}),
-        "questions": Source(scenes_questions, weight=3, options={"store": "runs/store"}),
+        "questions": Source(scenes_questions, weight=3, options={"store": "runs/store", "most": 8}),
         "text": Source(scenes_text, weight=1, options={"world": "scenes"}),
         "pictures": Source(scenes_pictures, weight=2, options={"store": "runs/store"}),
         "edits": Source(scenes_edits, weight=1, options={"store": "runs/edits"}),
@@ -33,8 +35,8 @@ config = Run(
     },
     steps=1_500,
     batch_size=128,
-    accumulate=2,
+    accumulate=4,
     warmup=0,
-    schedule="cosine",
+    schedule="linear",
     options={"prompts": [], "guidance": 2.0, "code_rows_only": False},
 )

@@ -99,6 +99,18 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.recipe} is not a recipe: it has neither `config` nor `main`")
 
 
+def check_data(args: argparse.Namespace) -> None:
+    from unimm.config import load_recipe, override
+    from unimm.training.check_data import check_data as check
+
+    if args.sheet:
+        check_writable(Path(args.sheet), folder=False)
+    recipe = load_recipe(args.recipe)
+    if not hasattr(recipe, "config"):
+        raise ValueError(f"{args.recipe} has no `config`, so it names no sources")
+    print(check(override(recipe.config, args.words), args.n, args.sheet and Path(args.sheet)))
+
+
 def preferences(args: argparse.Namespace) -> None:
     from unimm.training import preferences as made
 
@@ -209,6 +221,12 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("train", train, "train as a recipe says")
     p.add_argument("recipe", metavar="RECIPE.py")
     p.add_argument("words", nargs="*", metavar="key=value", help="what to change in the recipe")
+    p = command("data", check_data, "look at the data of a recipe before training on it")
+    p.add_argument("what", choices=["check"])
+    p.add_argument("recipe", metavar="RECIPE.py")
+    p.add_argument("words", nargs="*", metavar="key=value", help="what to change in the recipe")
+    p.add_argument("--n", type=int, default=1000, help="how many samples of each source")
+    p.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
     p = command("preferences", preferences, "make preferences for DPO from the model's own answers")
     p.add_argument("out", metavar="OUT.jsonl")
     p.add_argument("--judge", required=True, help="checker, self, RATINGS.jsonl or FILE.py:NAME")

@@ -62,6 +62,7 @@ class Run:
         False  # fuse the decoder's layers (torch.compile; needs a C++ compiler on a CPU)
     )
     drop_prompt: float = 0.1  # share of drawing samples that get the unguided prompt
+    most_broken: float = 0.05  # a source of which a larger share cannot be read stops the run
     kind_weights: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "code": 1.0})
     seed: int = 0
     log_every: int = 20
@@ -149,6 +150,12 @@ def _replace(holder: Any, path: list[str], text: str, key: str) -> Any:
             for f in (dataclasses.fields(holder) if dataclasses.is_dataclass(holder) else ())
         }
     )
+    if isinstance(holder, Source):  # data.mine.path is short for data.mine.options.path
+        options = {**_defaults(holder.make), **holder.options}
+        if name in options and name not in known:
+            changed = _replace(options, path, text, key)
+            return dataclasses.replace(holder, options=changed)
+        known = {**options, **known}
     if name not in known:
         choices = ", ".join(sorted(map(str, known))) or "nothing"
         raise ValueError(f"unknown key {key!r}: {name!r} is not one of {choices}")
@@ -161,11 +168,15 @@ def _replace(holder: Any, path: list[str], text: str, key: str) -> Any:
     return dataclasses.replace(holder, **{name: new})
 
 
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that have a default, with it."""
+    given = inspect.signature(function).parameters.items()
+    return {name: p.default for name, p in given if p.default is not inspect.Parameter.empty}
+
+
 def run_main(main: Callable[..., Any], words: list[str]) -> Any:
     """Call a recipe's `main(key=default, ...)` with the `key=value` words."""
-    defaults = {
-        name: parameter.default for name, parameter in inspect.signature(main).parameters.items()
-    }
+    defaults = _defaults(main)
     values = {}
     for key, text in split_words(words).items():
         if key not in defaults:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unimm.checkpoints.native import empty_model, load_model, read_config, save_model
+from unimm.checkpoints.load import describe_model, load_model
+from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
 from unimm.data.processor import Message, Processor, to_picture, user
 from unimm.inference.engine import Answer, Engine, Request
@@ -16,7 +17,6 @@ from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
 
-BUNDLED = Path(__file__).parent / "assets" / "scenes"
 BATCH = 16  # pictures drawn side by side
 
 
@@ -38,20 +38,15 @@ class UniMM:
     def from_pretrained(
         cls, source: str | Path | None = None, device: str = "auto", dtype: str = "float32"
     ) -> "UniMM":
-        """Load a model folder; None is the bundled model.
+        """Load a model folder or a Hub id (`name/model[@revision]`); None is the bundled model.
 
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "mps". dtype: "float32",
-        "bfloat16" or "float16".
+        The format is recognised: native, Hugging Face Janus, DeepSeek Janus. device: "auto" (a GPU
+        where there is one), "cpu", "cuda", "mps". dtype: "float32", "bfloat16", "float16", or
+        "auto" for that of the files; the image tokenizer stays in float32.
         """
         target = pick_device(device)
-        kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-        if dtype not in kinds:
-            raise ValueError(f"dtype is one of {', '.join(kinds)}, not {dtype!r}")
-        model, processor, sampling = load_model(BUNDLED if source is None else source)
-        model = model.to(target, kinds[dtype])
-        if processor.image_tokenizer is not None:
-            processor.image_tokenizer.to(target)
-        return cls(model, processor, sampling)
+        loaded = load_model(BUNDLED if source is None else source, dtype, target)
+        return cls(*loaded)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `from_pretrained` loads."""
@@ -247,25 +242,31 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe(source: str | Path | None = None) -> str:
-    """What a model folder holds, in lines of text, from its configuration alone."""
-    folder = BUNDLED if source is None else Path(source)
-    config = read_config(folder)
-    model = empty_model(config, folder)
-    parts = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-    }
-    total = sum(p.numel() for p in model.parameters())
-    decoder, settings = model.config.decoder, config["processor"]
-    seen, drawn = settings["seen_size"], settings["drawn_size"]
+    """What a model is, in lines of text, from its configuration alone."""
+    d = describe_model(BUNDLED if source is None else source)
+    config, decoder = d.model.config, d.model.config.decoder
+    modules: dict[str, torch.nn.Module] = dict(d.model.named_children())
+    if d.image_tokenizer is not None:
+        modules["image_tokenizer"] = d.image_tokenizer
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in modules.items()}
+    if decoder.tied_embeddings:
+        counted["text_head"] = 0  # it is the table of the decoder
+    total, codes = sum(counted.values()), counted.get("image_tokenizer", 0)
+    grid = d.image_tokenizer.grid(d.drawn_size, d.drawn_size) if d.image_tokenizer else (0, 0)
+    sizes = [f"{((total - codes) * size + codes * 4) / 1e6:,.0f} MB" for size in (4, 2)]
     lines = [
-        f"model         {folder}",
-        f"pathway       {model.config.pathway}",
-        f"decoder       {decoder.layers} layers, {decoder.dim} wide, {decoder.heads} heads, "
-        f"context {decoder.max_positions}",
-        f"sees          {seen} x {seen} pixels as {settings['seen_tokens']} patches",
-        f"draws         {drawn} x {drawn} pixels with {model.config.codebook_size} codes",
-        f"parameters    {total:,} (without the image tokenizer)",
-        *(f"  {name:<12}{count:,}" for name, count in parts.items()),
-        f"memory        {total * 4 / 1e6:.0f} MB in float32, {total * 2 / 1e6:.0f} MB in bfloat16",
+        f"model         {source or d.folder}",
+        f"format        {d.format}",
+        f"license       {d.license}",
+        f"pathway       {config.pathway}",
+        f"decoder       {decoder.layers} layers, {decoder.dim} wide, {decoder.heads} heads "
+        f"({decoder.kv_heads} of keys), context {decoder.max_positions}, "
+        f"{decoder.vocab_size} words",
+        f"sees          {d.seen_size} x {d.seen_size} pixels as {d.seen_tokens} patches",
+        f"draws         {d.drawn_size} x {d.drawn_size} pixels as {grid[0] * grid[1]} codes "
+        f"of {config.codebook_size}",
+        f"parameters    {total:,}",
+        *(f"  {name:<16}{count:,}" for name, count in counted.items()),
+        f"memory        {sizes[0]} in float32, {sizes[1]} in bfloat16 or float16",
     ]
     return "\n".join(lines)

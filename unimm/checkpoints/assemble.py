@@ -33,7 +33,7 @@ def assemble(
     words = load_tokenizer(text_tokenizer)
     codes = ImageTokenizer.load(image_tokenizer)
     template = Template.after(words.get_vocab_size())
-    vocabulary = max(vars(template).values()) + 1
+    vocabulary = template.end_image + 1
     decoder = replace(config.decoder, vocab_size=vocabulary)
     config = replace(config, decoder=decoder, codebook_size=codes.codebook_size)
     torch.manual_seed(seed)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from unimm.checkpoints.shards import fill, read_json, stored_dtype
 from unimm.data.processor import Processor, Template, load_tokenizer
-from unimm.model.image_tokenizer import ImageTokenizer
+from unimm.model.image_tokenizer import IMAGE_TOKENIZERS, ImageTokenizer
 from unimm.model.unified import UnifiedConfig, UnifiedModel
 
 FORMAT = "unimm-1"
+BUNDLED = Path(__file__).parents[1] / "assets" / "scenes"
 
 
 def save_model(
@@ -51,25 +52,24 @@ def save_model(
     _write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
 
 
-def load_model(folder: str | Path) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
-    """Model (float32, on the CPU), processor and sampling defaults of a native folder.
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
+    """Model, processor and sampling defaults of a native folder.
 
+    dtype: of the model's weights, None as stored; the image tokenizer is float32.
     Raises ValueError, in one line, for a folder that is missing, incomplete or damaged.
     """
     folder = Path(folder)
     config = read_config(folder)
     model = empty_model(config, folder)
-    load_weights(model, folder / "model.safetensors", model.config.decoder.tied_embeddings)
-    if model.config.decoder.tied_embeddings:
-        model.text_head.weight = model.decoder.embed_tokens.weight
+    load_weights(model, folder / "model.safetensors", dtype, device)
     image_tokenizer = None
     if (folder / "image_tokenizer.json").exists():
-        image_tokenizer = ImageTokenizer.load(folder).eval()
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = load_tokenizer(path)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path} cannot be read as a text tokenizer: {error}") from None
+        image_tokenizer = ImageTokenizer.load(folder).eval().to(device)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     try:
         settings = dict(config["processor"])
         template = Template(**settings.pop("template"))
@@ -88,6 +88,19 @@ def empty_model(config: dict[str, Any], folder: Path) -> UnifiedModel:
         raise ValueError(f"{folder / 'config.json'} describes no model: {error!r}") from None
 
 
+def empty_image_tokenizer(folder: Path) -> ImageTokenizer | None:
+    """The image tokenizer that a folder describes, without memory; None where there is none."""
+    path = folder / "image_tokenizer.json"
+    if not path.exists():
+        return None
+    described = read_json(path)
+    try:
+        with torch.device("meta"):
+            return IMAGE_TOKENIZERS[described.pop("kind")](described)
+    except Exception as error:  # whatever a damaged configuration can lead to
+        raise ValueError(f"{path} describes no image tokenizer: {error!r}") from None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a native folder, checked to be one."""
     path = folder / "config.json"
@@ -104,29 +117,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(model: torch.nn.Module, path: Path, tied: bool = False) -> None:
-    """Put the tensors of a safetensors file in place of `model`'s own, as float32."""
+def load_weights(
+    model: torch.nn.Module,
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Put the tensors of a safetensors file in place of `model`'s own, as `dtype`.
+
+    dtype None: as stored. Raises ValueError, naming the file, for what is missing or misshapen.
+    """
     if not path.exists():
         raise ValueError(f"{path} is missing: the model folder is incomplete")
-    try:
-        state = {name: t.float() for name, t in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from None
-    expected = {name: t.shape for name, t in model.state_dict().items()}
-    if tied and "decoder.embed_tokens.weight" in state:
-        state["text_head.weight"] = state["decoder.embed_tokens.weight"]
-    for name, shape in expected.items():
-        if name not in state:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if state[name].shape != shape:
-            found = tuple(state[name].shape)
-            raise ValueError(f"{path}: {name} has shape {found}, and {tuple(shape)} is expected")
-    extra = sorted(set(state) - set(expected))
-    if extra:
-        raise ValueError(f"{path} holds tensors that the model has no place for: {extra[0]}, …")
-    model.load_state_dict(state, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    kept = stored_dtype([path]) if dtype is None else dtype
+    fill({"": model}, [path], lambda name, tensor: {name: tensor}, {"": kept}, device)
 
 
 def _write(path: Path, write: Any) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
+TRIES, STRIDE = 20, 10_000_019  # a broken row's place is taken by the one STRIDE further on
+
 
 class Mixture:
     """Draws samples from named sources.
 
     sources: name -> object with `[i]`. weights: name -> share (need not sum to 1).
     prepare(item, rng): what turns an item into a sample, with a generator that depends on
-    (seed, position in the stream) alone.
+    (seed, position in the stream) alone. A row that raises ValueError or OSError is left out and
+    told to note(name, reason); a source of which more than `most_broken` is, stops the run.
     """
 
     def __init__(
@@ -26,6 +29,8 @@ class Mixture:
         weights: dict[str, float],
         seed: int = 0,
         prepare: Callable[[Any, np.random.Generator], Any] | None = None,
+        note: Callable[[str, str], None] | None = None,
+        most_broken: float = 0.05,
     ):
         active = [name for name in sources if weights[name] > 0]
         if not active or min(weights.values()) < 0:
@@ -35,6 +40,8 @@ class Mixture:
         self.taken = dict.fromkeys(active, 0)
         self.position = 0
         self.sources, self.seed, self.prepare = sources, seed, prepare
+        self.note, self.most_broken = note, most_broken
+        self.seen, self.broken = dict.fromkeys(active, 0), dict.fromkeys(active, 0)
 
     def next_name(self) -> tuple[str, int]:
         """The source of the next sample and its index there; moves the cursor on."""
@@ -55,11 +62,28 @@ class Mixture:
             position = self.position
             name, index = self.next_name()
             if offset % ranks == rank:
-                item = self.sources[name][index]
+                mine.append(self._sample(name, index, position))
+        return mine
+
+    def _sample(self, name: str, index: int, position: int) -> Any:
+        for attempt in range(TRIES):
+            self.seen[name] += 1
+            try:
+                item = self.sources[name][index + attempt * STRIDE]
                 if self.prepare is not None:
                     item = self.prepare(item, np.random.default_rng((self.seed, position)))
-                mine.append(item)
-        return mine
+                return item
+            except (ValueError, OSError) as error:
+                reason = " ".join(str(error).split())
+                self.broken[name] += 1
+                if self.note is not None:
+                    self.note(name, reason)
+                if self.broken[name] > self.most_broken * max(100, self.seen[name]):
+                    break
+        raise ValueError(
+            f"{self.broken[name]} of {self.seen[name]} samples of the source {name!r} are broken; "
+            f"the last one: {reason}"
+        )
 
 
 def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Iterator[Any]:

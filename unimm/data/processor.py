@@ -18,19 +18,37 @@ from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import CODE, PATCH, TEXT, Batch, SeenImage
 
 Message = dict[str, Any]
+Pieces = tuple[int | str, ...]  # ids, and text to tokenize
 
 
 @dataclass(frozen=True)
 class Template:
-    """Ids of the special tokens: no words of the text tokenizer, so that no text holds them."""
+    """Ids of the special tokens: no words of the text tokenizer, so that no text holds them.
+
+    A template may instead be *worded* (Janus's is): `user` and `assistant` are then ids and text in
+    order, and the last four fields say what else it writes around the turns.
+    """
 
     bos: int
     pad: int
-    user: int
-    assistant: int
-    end_of_turn: int
+    user: int | Pieces
+    assistant: int | Pieces
+    end_of_turn: int  # worded: of the assistant's
     begin_image: int
     end_image: int
+    system: str = ""  # before the first turn, where the answer is not drawn
+    user_end: str = ""
+    answer_start: str = ""  # before the words of an assistant turn
+    beside_image: str = ""  # between an image and its neighbours in a turn
+
+    def __post_init__(self) -> None:
+        for name in ("user", "assistant"):  # lists, where they come from JSON
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
+
+    @property
+    def worded(self) -> bool:
+        return isinstance(self.user, tuple)
 
     @classmethod
     def after(cls, words: int) -> "Template":
@@ -62,7 +80,8 @@ class Processor:
 
     tokenizer: a `tokenizers.Tokenizer` for text. image_tokenizer: makes the codes of drawn images.
     seen_size: side of a seen picture in pixels; seen_tokens: patches that it gives (0: the model
-    has no encoder and sees codes). drawn_size: side of a drawn picture.
+    has no encoder and sees codes). drawn_size: side of a drawn picture. min_side: least pixels of
+    the short side of a seen picture, before padding (14 in Janus).
     """
 
     def __init__(
@@ -74,15 +93,21 @@ class Processor:
         seen_tokens: int,
         drawn_size: int,
         max_length: int,
+        min_side: int = 1,
     ):
         self.tokenizer, self.image_tokenizer, self.template = tokenizer, image_tokenizer, template
         self.seen_size, self.seen_tokens = seen_size, seen_tokens
         self.drawn_size, self.max_length = drawn_size, max_length
+        self.min_side = min_side
+        if template.worded:  # its special tokens are words of the tokenizer: no user may write them
+            tokenizer.encode_special_tokens = True
 
     def settings(self) -> dict[str, Any]:
         """What is saved with a model, besides the tokenizers."""
-        names = ("seen_size", "seen_tokens", "drawn_size", "max_length")
-        return {"template": asdict(self.template), **{name: getattr(self, name) for name in names}}
+        names = ["seen_size", "seen_tokens", "drawn_size", "max_length"]
+        names += ["min_side"] if self.min_side != 1 else []
+        template = {name: value for name, value in asdict(self.template).items() if value != ""}
+        return {"template": template, **{name: getattr(self, name) for name in names}}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -104,22 +129,27 @@ class Processor:
         Raises ValueError for malformed messages and for a conversation longer than the context.
         """
         t = self.template
+        turns = [_checked(message) for message in messages]
+        prompt = t.worded and answer is not None  # then earlier answers are hidden words too
         slots = _Slots()
         slots.text([t.bos])
-        for index, message in enumerate(messages):
-            role, content = _checked(message)
+        if t.system and not (answer == "image" or (answer is None and _draws(*turns[-1]))):
+            slots.text(self.words(t.system), user=True)
+        for index, (role, content) in enumerate(turns):
             mine = role == "assistant"
-            slots.text([t.assistant if mine else t.user])
-            for part in content:
-                if part["type"] == "text":
-                    slots.text(self.words(part["text"]), scored=mine, user=not mine)
+            head, body, tail = self._turn(mine, content)
+            slots.text(head, user=t.worded)
+            for part in body:
+                if isinstance(part, str | int):
+                    ids = self.words(part) if isinstance(part, str) else [part]
+                    slots.text(ids, scored=mine, user=prompt or not mine)
                 else:
-                    last = index == len(messages) - 1
+                    last = index == len(turns) - 1
                     self._image(slots, part, scored=mine, talked_about=mine and not last)
-            slots.draws = mine and any(part["type"] == "image" for part in content)
-            slots.text([t.end_of_turn], scored=mine)
+            slots.draws = _draws(role, content)
+            slots.text(tail, scored=mine, user=prompt)
         if answer is not None:
-            slots.text([t.assistant])
+            slots.text(self._head(mine=True), user=t.worded)
             slots.draws = answer == "image"
         if answer == "image":
             slots.text([t.begin_image])
@@ -136,13 +166,26 @@ class Processor:
         clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no text
         return self.tokenizer.encode(clean, add_special_tokens=False).ids
 
+    def is_word(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids an answer in words may hold: those of text, and no special token."""
+        if not self.template.worded:
+            return ids < self.template.bos
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = [i for i, token in added.items() if token.special]
+        return (ids < self.tokenizer.get_vocab_size()) & ~np.isin(ids, special)
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of `ids`; ids that are no words are left out."""
         words = self.template.bos
-        return self.tokenizer.decode([i for i in ids if i < words]).strip()
+        known = ids if self.template.worded else [i for i in ids if i < words]
+        return self.tokenizer.decode(list(known), skip_special_tokens=True).strip()
 
     def unguided(self, sample: Sample) -> Sample:
-        """The prompt without its words: user text becomes pad, at the same length and positions."""
+        """The prompt without its words: user text becomes pad, at the same length and positions.
+
+        In a worded template all the prompt is the user's but its first and last slot and what
+        belongs to images; padding is not masked (Janus).
+        """
         ids = np.where(sample.user_text, self.template.pad, sample.ids)
         return Sample(ids, sample.kind, sample.score, sample.user_text, sample.images, sample.draws)
 
@@ -167,11 +210,15 @@ class Processor:
         )
 
     def seen_pixels(self, image: Any) -> torch.Tensor:
-        """(3, s, s) in [-1, 1]: the long side to s, padded to a square with grey (Janus-Pro)."""
+        """(3, s, s) in [-1, 1]: the long side to s, padded to a square with grey (Janus-Pro).
+
+        The short side is rounded, as transformers does; DeepSeek's own code truncates it, so that
+        one row or column of pixels can differ.
+        """
         picture = open_image(image)
         side = self.seen_size
         scale = side / max(picture.size)
-        size = tuple(max(1, round(edge * scale)) for edge in picture.size)
+        size = tuple(max(self.min_side, round(edge * scale)) for edge in picture.size)
         if size != (side, side):
             square = Image.new("RGB", (side, side), (127, 127, 127))
             corner = ((side - size[0]) // 2, (side - size[1]) // 2)
@@ -210,6 +257,37 @@ class Processor:
         with torch.inference_mode():
             drawn = self.image_tokenizer.decode(torch.tensor(codes, device=device), self.grid)
         return drawn.float().cpu()
+
+    def _head(self, mine: bool) -> list[int]:
+        """The ids that open a turn."""
+        opening = self.template.assistant if mine else self.template.user
+        pieces = opening if isinstance(opening, tuple) else (opening,)
+        return [i for p in pieces for i in (self.words(p) if isinstance(p, str) else (p,))]
+
+    def _turn(self, mine: bool, content: list[Message]) -> tuple[list[int], list[Any], list[int]]:
+        """A turn: the ids that open it; ids, texts and images in order; the ids that close it.
+
+        In a worded template neighbouring texts are one, as its tokenizer would see them.
+        """
+        t = self.template
+        parts = [part["text"] if part["type"] == "text" else part for part in content]
+        if not t.worded:
+            return self._head(mine), parts, [t.end_of_turn]
+        spoken = bool(parts) and isinstance(parts[0], str)
+        pieces: list[Any] = [t.answer_start] if mine and spoken else []
+        for k, part in enumerate(parts):
+            last = k == len(parts) - 1
+            if isinstance(part, str):
+                part = part.lstrip() if k == 0 else part
+                part = part.rstrip() if last else part
+                pieces.append(" " + part if k and isinstance(parts[k - 1], str) else part)
+            else:
+                pieces += [t.beside_image, part] if k else [part]
+                pieces += [] if last else [t.beside_image]
+        if mine:
+            return self._head(mine), _joined(pieces), [t.end_of_turn]
+        assert isinstance(t.user, tuple)
+        return [], _joined([*t.user, *pieces, t.user_end]), []
 
     def _image(self, slots: "_Slots", part: Message, scored: bool, talked_about: bool) -> None:
         """An image part. A drawn image that a later turn talks about is shown both ways."""
@@ -327,6 +405,22 @@ def _checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
     return role, list(content)
 
 
+def _draws(role: str, content: list[dict[str, Any]]) -> bool:
+    """Whether a turn holds a drawn image."""
+    return role == "assistant" and any(part["type"] == "image" for part in content)
+
+
+def _joined(pieces: list[Any]) -> list[Any]:
+    """The pieces with neighbouring strings made one, and empty ones left out."""
+    joined: list[Any] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece != "":
+            joined.append(piece)
+    return joined
+
+
 def _resized(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
     if picture.size == tuple(size):
         return picture
@@ -340,7 +434,12 @@ def _within(box: tuple[float, ...], picture: Image.Image) -> tuple[float, float,
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """A `tokenizers.Tokenizer` from a tokenizer.json."""
+    """A `tokenizers.Tokenizer` from a tokenizer.json; ValueError, naming it, where it is broken."""
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(path))
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing, so there is no text tokenizer")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} cannot be read as a text tokenizer: {error}") from None

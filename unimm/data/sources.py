@@ -7,7 +7,7 @@ below is a function `make(run, store=..., ...)` whose result's `[i]` is a pure f
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     WORLDS,
     Scene,
+    World,
     describe,
     edits,
     express,
     from_array,
+    is_held_out,
     main_relation,
     open_questions,
     prompt,
@@ -243,16 +245,37 @@ def scenes_chats(run: Any, store: str) -> Made:
     return Made(make, (run.seed, 6))
 
 
-def scenes_pairs(run: Any, store: str) -> Made:
-    """For contrastive training: {"pixels": uint8 (H, W, 3), "text": the complete caption}."""
+def scenes_pairs(run: Any, store: str, variants: int = 1, world: str = "scenes") -> Made:
+    """For contrastive training: {"pixels": uint8 (H, W, 3), "text": the complete caption}.
+
+    Of `variants` items in a row the first is a picture of the store, and each other one the same
+    but for the shape of one object: negatives that only somebody who sees shapes can tell apart.
+    """
     pictures = PictureStore(store)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
-        k = pictures.pick(rng, i)
-        pixels = np.asarray(pictures.pictures[k])
-        return {"pixels": pixels, "text": describe(pictures.scene(k))}
+        first, variant = divmod(i % VALIDATION, variants)
+        base = np.random.default_rng((run.seed, 71, first))
+        k = pictures.pick(base, i)
+        scene, pixels = pictures.scene(k), np.asarray(pictures.pictures[k])
+        if variant:
+            scene = reshaped(scene, WORLDS[world], rng)
+            pixels = render(scene, world)
+        return {"pixels": pixels, "text": describe(scene)}
 
     return Made(make, (run.seed, 7))
+
+
+def reshaped(scene: Scene, world: World, rng: np.random.Generator) -> Scene:
+    """The scene with another shape in the place of one object; still of the train split."""
+    while True:
+        k = int(rng.integers(len(scene.objects)))
+        shape = world.shapes[rng.integers(len(world.shapes))]
+        objects = list(scene.objects)
+        objects[k] = replace(objects[k], shape=shape)
+        changed = replace(scene, objects=tuple(objects))
+        if changed != scene and is_held_out(changed) is None:
+            return changed
 
 
 def scenes_pictures_only(run: Any, store: str) -> Made:

@@ -76,7 +76,8 @@ class Tally:
 
     def variance(self, name: str) -> float:
         """Of `rate`, where the items of one scene may hang together (cluster-robust)."""
-        rate, off = self.rate(name), defaultdict(float)
+        rate = self.rate(name)
+        off: dict[int, float] = defaultdict(float)
         for scene, right in self.items[name]:
             off[scene] += right - rate
         return sum(value**2 for value in off.values()) / len(self.items[name]) ** 2

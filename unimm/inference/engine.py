@@ -7,6 +7,7 @@ and masked by the cache; of the two heads only the one that is needed is evaluat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,8 +59,7 @@ class Engine:
     def __init__(self, model: UnifiedModel, processor: Processor):
         self.model, self.processor = model.eval(), processor
         t = processor.template
-        allowed = torch.zeros(model.config.decoder.vocab_size, dtype=torch.bool)
-        allowed[: t.bos] = True
+        allowed = torch.from_numpy(processor.is_word(np.arange(model.config.decoder.vocab_size)))
         allowed[t.end_of_turn] = True
         self._never = {"text": ~allowed}
         self._never["any"] = ~allowed.index_fill(0, torch.tensor([t.begin_image]), True)

@@ -156,6 +156,7 @@ def setup_contrastive(run: Run) -> Any:
     """
     from tokenizers import Tokenizer
 
+    from unimm.training.next_token import has_compiler
     from unimm.training.trainer import Parts
 
     options = {**DEFAULTS, **run.options}
@@ -173,11 +174,15 @@ def setup_contrastive(run: Run) -> Any:
         **{name: options[name] for name in sizes},
     )
     model = ContrastiveModel(config)
+    if run.compile and has_compiler():
+        for layer in [*model.vision.model.encoder.layers, *model.text.layers]:
+            layer.compile(dynamic=True)
     fixed: list[Pairs] = []  # the validation pairs, made once
 
     def collate(items: list[Any]) -> Pairs:
         return collate_pairs(items, tokenizer)
 
+    @torch.compiler.set_stance("force_eager")
     def preview(folder: Path, step: int) -> dict[str, float]:
         if not fixed:
             source = run.data.get("validation") or next(iter(run.data.values()))

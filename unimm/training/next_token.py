@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimm.checkpoints.native import load_model, save_model
+from unimm.checkpoints.native import BUNDLED, load_model, save_model
 from unimm.config import Run
 from unimm.data.processor import Processor, Sample, to_picture, user
+from unimm.data.sources import VALIDATION
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings
-from unimm.model.unified import TEXT, Batch, UnifiedModel
+from unimm.model.unified import KINDS, TEXT, Batch, UnifiedModel
 from unimm.training.trainer import Parts
 
 
@@ -39,10 +40,11 @@ def setup_unified(run: Run) -> Parts:
 
 
 def open_init(run: Run) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
-    """Model, processor and sampling defaults of `run.init`."""
+    """Model, processor and sampling defaults of `run.init`; "scenes" is the bundled model."""
     if not run.init:
         raise ValueError("this run starts from a model folder: init=DIR")
-    return load_model(run.init)
+    bundled = run.init == "scenes" and not Path(run.init).exists()
+    return load_model(BUNDLED if bundled else run.init)
 
 
 def unified_parts(
@@ -61,13 +63,13 @@ def unified_parts(
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Sample:
         return drop_prompt(processor.encode(item["messages"]), processor, run.drop_prompt, rng)
 
-    def preview(folder: Path, step: int) -> dict[str, float] | None:
+    def preview(folder: Path, step: int) -> dict[str, float]:
         prompts = run.options.get("prompts")
-        if prompts and processor.image_tokenizer is not None:
-            with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
+            if prompts and processor.image_tokenizer is not None:
                 pictures = draw(model, processor, prompts, run.options.get("guidance", 2.0))
-            save_grid(pictures, folder / f"preview-{step:06d}.png", columns=8)
-        return None
+                save_grid(pictures, folder / f"preview-{step:06d}.png", columns=8)
+            return held_out_nats(run, model, processor)
 
     return Parts(
         model,
@@ -77,6 +79,28 @@ def unified_parts(
         prepare,
         len,
     )
+
+
+def held_out_nats(
+    run: Run, model: UnifiedModel, processor: Processor, most: int = 256
+) -> dict[str, float]:
+    """Nats a scored slot on what the sources hold out (their `kept` rows), by source and kind."""
+    found = {}
+    for name, source in run.data.items():
+        rows = source.make(run, **source.options)
+        sums = {kind: [0.0, 0.0] for kind in KINDS}
+        for k in range(0, min(most, len(getattr(rows, "kept", ()))), run.batch_size):
+            part = range(k, min(k + run.batch_size, most, len(rows.kept)))
+            talks = [rows[VALIDATION + i]["messages"] for i in part]
+            batch = processor.collate([processor.encode(talk) for talk in talks])
+            output = model(batch.to(model.decoder.norm.weight.device))
+            for kind, (total, count) in output.nats.items():
+                sums[kind][0] += total
+                sums[kind][1] += count
+        for kind, (total, count) in sums.items():
+            if count:
+                found[f"{name}_held_out_{kind}_nats"] = total / count
+    return found
 
 
 def has_compiler() -> bool:
@@ -95,7 +119,7 @@ def drop_prompt(
     if not sample.draws or rng.random() >= share:
         return sample
     hidden = processor.unguided(sample)
-    words = (sample.kind == TEXT) & (sample.ids < processor.template.bos)
+    words = (sample.kind == TEXT) & processor.is_word(sample.ids)
     hidden.score = np.where(words, 0, sample.score).astype(np.float32)
     return hidden
 

@@ -79,6 +79,8 @@ def train(run: Run) -> Path:
         {name: source.weight for name, source in run.data.items()},
         run.seed,
         parts.prepare,
+        lambda name, reason: note_left_out(out, name, reason),
+        run.most_broken,
     )
     mixture.skip(start * run.batch_size)
     out.mkdir(parents=True, exist_ok=True)
@@ -139,6 +141,12 @@ def check_same_run(out: Path, run: Run) -> None:
                 f"{out} holds a run with {key}={there.get(key)!r}, and this one has "
                 f"{key}={here[key]!r}: choose another out, or remove that folder"
             )
+
+
+def note_left_out(out: Path, source: str, reason: str) -> None:
+    """A line in left_out.txt for a row of data that could not be read."""
+    with (out / "left_out.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{source}: {reason}\n")
 
 
 def setup(run: Run) -> Parts:

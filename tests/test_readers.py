@@ -1,0 +1,302 @@
+"""Your own data: every reader on small real files, broken rows, what is held out, fine-tuning."""
+
+import csv
+import dataclasses
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+from PIL import Image
+
+from unimm.checkpoints.native import save_model
+from unimm.cli import main
+from unimm.config import load_recipe, override
+from unimm.data import readers
+from unimm.data.mixture import Mixture
+from unimm.data.sources import VALIDATION
+from unimm.training.trainer import train
+
+RUN = SimpleNamespace(seed=3)
+WORDS = ["a red dot", "a blue dot", "two green dots", "a black line"]
+
+
+def picture(k):
+    rng = np.random.default_rng(k)
+    return Image.fromarray(rng.integers(0, 255, (20, 16, 3), np.uint8))
+
+
+def png(k):
+    buffer = io.BytesIO()
+    picture(k).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Four pictures with an index of each kind beside them."""
+    (tmp_path / "images").mkdir()
+    for k, words in enumerate(WORDS):
+        picture(k).save(tmp_path / f"images/{k}.png")
+        (tmp_path / f"images/{k}.txt").write_text(words + "\n")
+    rows = [
+        {"file": f"images/{k}.png", "text": w, "name": w.split()[-1], "style": "plain"}
+        for k, w in enumerate(WORDS)
+    ]
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with (tmp_path / "index.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    coco = {
+        "images": [{"id": k + 5, "file_name": f"{k}.png"} for k in range(4)],
+        "annotations": [{"image_id": k + 5, "caption": w} for k, w in enumerate(WORDS)],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    asked = [
+        {"file": f"images/{k}.png", "question": "what?", "answer": w} for k, w in enumerate(WORDS)
+    ]
+    (tmp_path / "vqa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked))
+    talks = [
+        {
+            "id": k,
+            "image": f"{k}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat?"},
+                {"from": "gpt", "value": w},
+                {"from": "human", "value": "sure?"},
+                {"from": "gpt", "value": "yes"},
+            ],
+        }
+        for k, w in enumerate(WORDS)
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(talks))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": f"images/{k}.png"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": w}]},
+            ]
+        }
+        for k, w in enumerate(WORDS)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s{shard}.tar", "w") as tar:
+            for k in (2 * shard, 2 * shard + 1):
+                for ending, data in (("png", png(k)), ("txt", WORDS[k].encode())):
+                    info = tarfile.TarInfo(f"sample/{k:05d}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return tmp_path
+
+
+def content(sample):
+    """(pixels of the picture, all words) of a sample."""
+    parts = [part for message in sample["messages"] for part in message["content"]]
+    shown = [part["image"] for part in parts if part["type"] == "image"]
+    assert len(shown) == 1
+    opened = shown[0] if isinstance(shown[0], Image.Image) else Image.open(shown[0])
+    return np.asarray(opened.convert("RGB")), [p["text"] for p in parts if p["type"] == "text"]
+
+
+READERS = {
+    "jsonl": lambda p: readers.captions(RUN, f"{p}/index.jsonl"),
+    "csv": lambda p: readers.captions(RUN, f"{p}/index.csv"),
+    "folder": lambda p: readers.folder(RUN, f"{p}/images"),
+    "coco": lambda p: readers.coco(RUN, f"{p}/coco.json", f"{p}/images"),
+    "vqa": lambda p: readers.vqa(RUN, f"{p}/vqa.jsonl"),
+    "llava": lambda p: readers.llava(RUN, f"{p}/llava.json", f"{p}/images"),
+    "messages": lambda p: readers.messages(RUN, f"{p}/talks.jsonl"),
+    "webdataset": lambda p: readers.webdataset(RUN, f"{p}/s*.tar"),
+    "own index": lambda p: readers.own(RUN, f"{p}/index.jsonl"),
+    "own folder": lambda p: readers.own(RUN, f"{p}/images"),
+    "own talks": lambda p: readers.own(RUN, f"{p}/talks.jsonl"),
+    "own questions": lambda p: readers.own(RUN, f"{p}/vqa.jsonl"),
+    "own shards": lambda p: readers.own(RUN, f"{p}/s*.tar"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_gives_each_picture_with_its_words(name, files):
+    rows = READERS[name](files)
+    _, processor = tiny_model()
+    for turn in range(3):
+        seen = set()
+        for i in range(4 * turn, 4 * turn + 4):
+            pixels, words = content(rows[i])
+            (k,) = [k for k, w in enumerate(WORDS) if w in words]
+            assert (pixels == np.asarray(picture(k))).all()
+            seen.add(k)
+            assert len(processor.encode(rows[i]["messages"])) > 16
+        assert seen == {0, 1, 2, 3}  # each once a pass
+    again = READERS[name](files)
+    assert [content(again[i])[1] for i in range(9)] == [content(rows[i])[1] for i in range(9)]
+
+
+def test_drawing_and_describing(files):
+    for task, roles in (
+        ("draw", {"assistant"}),
+        ("describe", {"user"}),
+        ("both", {"user", "assistant"}),
+    ):
+        rows = readers.captions(RUN, f"{files}/index.jsonl", task=task)
+        found = set()
+        for i in range(40):
+            for message in rows[i]["messages"]:
+                if any(part["type"] == "image" for part in message["content"]):
+                    found.add(message["role"])
+        assert found == roles
+    with pytest.raises(ValueError, match="task is one of"):
+        readers.captions(RUN, f"{files}/index.jsonl", task="paint")[0]
+
+
+def test_a_form_of_several_columns_and_a_list_of_texts(files):
+    rows = readers.captions(
+        RUN, f"{files}/index.jsonl", text="a {style} picture of {name}", task="draw"
+    )
+    assert {content(rows[i])[1][0] for i in range(4)} == {
+        "a plain picture of dot", "a plain picture of dots", "a plain picture of line",
+    }  # fmt: skip
+    line = json.dumps({"file": "images/0.png", "text": ["one", "two"]})
+    (files / "lists.jsonl").write_text(line + "\n")
+    rows = readers.captions(RUN, f"{files}/lists.jsonl", task="draw")
+    assert {content(rows[i])[1][0] for i in range(20)} == {"one", "two"}
+
+
+def test_what_is_held_out_is_never_trained_on_and_goes_whole(tmp_path):
+    rows = [{"file": "x.png", "text": f"t{k}", "name": f"n{k % 50}"} for k in range(400)]
+    path = tmp_path / "i.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = readers.captions(RUN, str(path), keep=0.2, keep_by="name", task="draw")
+    train = {row["name"] for row in found.rows}
+    kept = {row["name"] for row in found.kept}
+    assert not train & kept and train | kept == {f"n{k}" for k in range(50)}
+    assert 3 <= len(kept) <= 18 and len(found.rows) + len(found.kept) == 400
+
+    def words(i):
+        return found[i]["messages"][0]["content"][0]["text"]
+
+    texts = {row["text"] for row in found.kept}
+    assert {words(VALIDATION + i) for i in range(len(texts))} == texts
+    assert not {words(i) for i in range(800)} & texts
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: readers.captions(RUN, f"{p}/none.jsonl"), "no such file"),
+        (lambda p: readers.captions(RUN, f"{p}/index.jsonl", text="title"), "no column 'title'"),
+        (lambda p: readers.captions(RUN, f"{p}/index.jsonl", image="path"), "no column 'path'"),
+        (lambda p: readers.captions(RUN, f"{p}/index.jsonl", keep=1.0), "share of rows"),
+        (lambda p: readers.folder(RUN, f"{p}/nowhere"), "no such folder"),
+        (lambda p: readers.webdataset(RUN, f"{p}/none*.tar"), "no shard matches"),
+        (lambda p: readers.webdataset(RUN, f"{p}/index.jsonl"), "cannot be read as a tar"),
+        (lambda p: readers.coco(RUN, f"{p}/index.csv", "x"), "not valid JSON"),
+        (lambda p: readers.own(RUN, ""), "say where the data is"),
+    ],
+)
+def test_wrong_places_are_named(make, message, files):
+    with pytest.raises(ValueError, match=message):
+        make(files)
+
+
+# ---------------------------------------------------------------------------- broken rows
+
+
+def test_a_broken_row_is_left_out_and_named(files):
+    good = (files / "index.jsonl").read_text() * 30
+    (files / "images/bad.png").write_bytes(b"not a picture")
+    broken = json.dumps({"file": "images/bad.png", "text": "x", "name": "x", "style": "x"})
+    (files / "mixed.jsonl").write_text(good + broken + "\n{half a li\n")
+    rows = readers.captions(RUN, f"{files}/mixed.jsonl")
+    _, processor = tiny_model()
+    notes = []
+    mixture = Mixture(
+        {"mine": rows}, {"mine": 1.0}, 0, lambda item, rng: processor.encode(item["messages"]),
+        lambda name, reason: notes.append((name, reason)),
+    )  # fmt: skip
+    samples = mixture.take(122)
+    assert len(samples) == 122 and len(notes) == mixture.broken["mine"] == 2
+    assert any("bad.png" in r for _, r in notes) and any("not JSON" in r for _, r in notes)
+    halves = [
+        Mixture(
+            {"mine": rows}, {"mine": 1}, 0, lambda i, rng: processor.encode(i["messages"])
+        ).take(122, k, 2)
+        for k in range(2)
+    ]
+    together = [s for pair in zip(*halves, strict=True) for s in pair]
+    assert [s.ids.tolist() for s in together] == [s.ids.tolist() for s in samples]
+
+
+def test_too_many_broken_rows_stop_the_run():
+    class Bad:
+        def __getitem__(self, i):
+            if i % 4 == 0:
+                raise ValueError(f"row {i} is broken")
+            return i
+
+    mixture = Mixture({"good": range(10**9), "bad": Bad()}, {"good": 1, "bad": 1})
+    with pytest.raises(ValueError, match="of the source 'bad' are broken; the last one: row"):
+        mixture.take(400)
+    assert len(Mixture({"bad": Bad()}, {"bad": 1}, most_broken=0.5).take(400)) == 400
+
+
+# ---------------------------------------------------------------------------- fine-tuning
+
+
+def test_fine_tuning_learns_from_an_index_and_reports_what_is_held_out(files, tmp_path):
+    save_model(tmp_path / "tiny", *tiny_model())
+    words = [
+        f"data.mine.path={files}/index.jsonl", f"init={tmp_path / 'tiny'}", f"out={tmp_path / 'o'}",
+        "data.mine.keep=0.4", "steps=25", "batch_size=8", "warmup=2", "log_every=5",
+        "preview_every=25", "precision=float32", "drop_prompt=0.0",
+    ]  # fmt: skip
+    config = load_recipe("train/finetune.py").config
+    run = override(config, words)
+    assert run.data["mine"].options["keep"] == 0.4
+    run = dataclasses.replace(run, train=((r".*", 3e-3),))
+    out = train(run)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [entry["main_loss"] for entry in log if "main_loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+    held = [
+        entry
+        for entry in log
+        if "mine_held_out_text_nats" in entry or "mine_held_out_code_nats" in entry
+    ]
+    assert held and held[-1]["step"] == 25
+
+
+def test_the_command_says_what_is_wrong_with_data(files, tmp_path, capsys):
+    save_model(tmp_path / "tiny", *tiny_model())
+    (files / "images/3.png").write_bytes(b"")
+    words = ["data", "check", "train/finetune.py", f"init={tmp_path / 'tiny'}"]
+    sheet = tmp_path / "sheet.png"
+    path = f"data.mine.path={files}/index.jsonl"
+    assert main([*words, path, "data.mine.keep=0.0", "--sheet", str(sheet)]) == 0
+    report = capsys.readouterr().out
+    assert "4 rows, 0 held out; 3 of 4 looked at are good" in report
+    assert "1 x" in report and "3.png cannot be read as an image: empty file" in report
+    shown = np.asarray(Image.open(sheet))
+    assert (shown[:160, :480] < 200).any(axis=2).mean() > 0.2
+    assert main([*words, f"data.mine.path={files}/none.jsonl"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_options_of_a_source_are_reached_by_their_short_name():
+    run = load_recipe("train/finetune.py").config
+    changed = override(run, ["data.mine.path=x", "data.mine.task=draw", "data.mine.weight=2"])
+    assert changed.data["mine"].options == {**_defaults_of_own(), "path": "x", "task": "draw"}
+    assert changed.data["mine"].weight == 2.0
+    for wrong in ("data.mine.pth=x", "data.yours.path=x"):
+        with pytest.raises(ValueError, match="unknown key"):
+            override(run, [wrong])
+
+
+def _defaults_of_own():
+    names = {"image": "file", "text": "text", "task": "both", "keep_by": ""}
+    return {**names, "keep": 0.1}

@@ -1,0 +1,179 @@
+"""One door for every model: a folder or a Hub id, the format recognised from config.json."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unimm.checkpoints import janus, native
+from unimm.checkpoints.shards import Places, fill, read_json, stored_dtype, weight_files
+from unimm.data.processor import Processor
+from unimm.model.image_tokenizer import ImageTokenizer, VQConfig, VQTokenizer
+from unimm.model.unified import UnifiedConfig, UnifiedModel
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = {"janus": "Hugging Face Janus", "multi_modality": "DeepSeek Janus"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+Loaded = tuple[UnifiedModel, Processor, dict[str, Any]]
+
+
+@dataclass
+class Description:
+    """What a configuration says: both networks are on "meta", without any weight."""
+
+    folder: Path
+    format: str
+    model: UnifiedModel
+    image_tokenizer: ImageTokenizer | None
+    seen_size: int
+    seen_tokens: int
+    drawn_size: int
+    license: str
+
+
+def load_model(
+    source: str | Path, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> Loaded:
+    """Model, processor and sampling defaults of a folder or a Hub id (`name/model[@revision]`).
+
+    dtype: of the model's weights; "auto" is what is stored. The image tokenizer stays float32.
+    Raises ValueError or OSError, in one line that names the file, for what cannot be loaded.
+    """
+    kind = None if dtype == "auto" else check_dtype(dtype)
+    folder = locate(source)
+    if recognise(folder) == native.FORMAT:
+        return native.load_model(folder, kind, device)
+    return load_janus(folder, kind, device)
+
+
+def load_janus(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> Loaded:
+    """A Janus folder in either layout."""
+    config, codes, data = janus_configs(folder)
+    files = weight_files(folder)
+    model, image_tokenizer = on_meta(config, codes, folder)
+    deepseek, own = data["model_type"] == "multi_modality", data.get("unimm")
+    if own:
+        processor, sampling = janus.own_processor(folder, own, image_tokenizer), own["sampling"]
+    else:
+        processor = janus.make_processor(folder, config, image_tokenizer, deepseek)
+        sampling = {"guidance": janus.guidance(folder)}
+    place = janus.from_deepseek if deepseek else janus.from_hugging_face
+
+    def placed(name: str, tensor: torch.Tensor) -> Places:
+        """Without a tied model's copy of its head, and rows that were added for a placeholder."""
+        found = place(name, tensor)
+        if config.decoder.tied_embeddings:
+            found.pop("text_head.weight", None)
+        if own:
+            rows = config.decoder.vocab_size
+            found |= {n: t[:rows] for n, t in found.items() if n in janus.TABLES}
+        return found
+
+    parts: dict[str, nn.Module] = {"": model, "image_tokenizer": image_tokenizer}
+    kept = stored_dtype(files) if dtype is None else dtype
+    fill(parts, files, placed, {"": kept, "image_tokenizer": torch.float32}, device)
+    image_tokenizer.eval()
+    return model.eval(), processor, sampling
+
+
+def janus_configs(folder: Path) -> tuple[UnifiedConfig, VQConfig, dict[str, Any]]:
+    """Ours of a Janus folder, and its own."""
+    path = folder / "config.json"
+    data = read_json(path)
+    try:
+        if data["model_type"] == "multi_modality":
+            return *janus.deepseek_configs(data, str(path)), data
+        head = not janus.is_tied(folder, data)
+        config, codes = janus.hugging_face_configs(data, str(path), head)
+        if "unimm" in data:
+            decoder = replace(config.decoder, vocab_size=data["unimm"]["vocab_size"])
+            config = replace(config, decoder=decoder)
+        return config, codes, data
+    except (AttributeError, KeyError, TypeError) as error:  # values of a strange kind
+        raise ValueError(f"{path} describes no Janus model: {error!r}") from None
+
+
+def on_meta(config: UnifiedConfig, codes: VQConfig, folder: Path) -> tuple[UnifiedModel, Any]:
+    """Model and image tokenizer without memory for their weights."""
+    try:
+        with torch.device("meta"):
+            return UnifiedModel(config), VQTokenizer(codes)
+    except Exception as error:  # whatever a strange configuration can lead to
+        raise ValueError(f"{folder / 'config.json'} describes no model: {error!r}") from None
+
+
+def describe_model(source: str | Path) -> Description:
+    """Read the configuration of a folder or a Hub id, and no weights."""
+    folder = locate(source, weights=False)
+    kind = recognise(folder)
+    if kind == native.FORMAT:
+        data = native.read_config(folder)
+        model, codes = native.empty_model(data, folder), native.empty_image_tokenizer(folder)
+        p = data["processor"]
+        sizes = (p["seen_size"], p["seen_tokens"], p["drawn_size"])
+        return Description(folder, "native", model, codes, *sizes, license_of(folder))
+    config, made, _ = janus_configs(folder)
+    model, codes = on_meta(config, made, folder)
+    assert config.vision is not None
+    seen = config.vision.image_size
+    sizes = (seen, (seen // config.vision.patch_size) ** 2, made.image_size)
+    return Description(folder, FORMATS[kind], model, codes, *sizes, license_of(folder))
+
+
+def license_of(folder: Path) -> str:
+    """What the front matter of README.md says, or that nothing does."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    front = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
+    found = dict(re.findall(r"^(license|license_name):[ \t]*(\S+)", front, re.MULTILINE))
+    return found.get("license_name") or found.get("license") or "not stated in the folder"
+
+
+def recognise(folder: Path) -> str:
+    """The format of a model folder: a model_type in FORMATS, or the native one."""
+    if not folder.is_dir():
+        raise ValueError(f"no such model folder: {folder}")
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no config.json, so it is not a model folder")
+    data = read_json(path)
+    kind = data.get("model_type")
+    if kind is None:
+        return native.FORMAT
+    if not isinstance(kind, str) or kind not in FORMATS:
+        known = ", ".join(f"{name!r} ({text})" for name, text in FORMATS.items())
+        raise ValueError(f"{path}: the model_type {kind!r} is unknown: unimm loads {known}")
+    return kind
+
+
+def locate(source: str | Path, weights: bool = True) -> Path:
+    """The folder of a path, or of a Hub id, which is downloaded once (HF_HUB_OFFLINE, HF_TOKEN).
+
+    weights: False asks for the configuration alone.
+    """
+    path = Path(source)
+    if path.exists() or not HUB_ID.fullmatch(str(source)):
+        return path
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = str(source).partition("@")
+    wanted = ["*.json", "*.jinja", "README.md", *(["*.safetensors", "*.bin"] if weights else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+    except Exception as error:  # offline, absent, gated, no network: each has its own class
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"no such model folder: {source}, and the Hub does not give it: {reason}"
+        ) from None
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """The dtype of that name; ValueError for another."""
+    if name not in DTYPES[1:]:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {name!r}")
+    return getattr(torch, name)

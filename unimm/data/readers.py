@@ -1,0 +1,393 @@
+"""Your own data as samples: what people keep pictures and texts in, turned into messages.
+
+Each reader is a function `make(run, path=..., ...)` for a recipe's `Source`; its result gives
+sample i for any i >= 0, in an order drawn anew for every pass. A picture stays a path until its
+sample is encoded. `keep` holds a share of the rows out of training: indices from VALIDATION on
+give those.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimm.data.processor import assistant, user
+from unimm.data.sources import ASK_CAPTION, VALIDATION
+
+Row = dict[str, Any]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+TASKS = ("draw", "describe", "both")
+
+
+@dataclass
+class Rows:
+    """Rows and what makes a sample of one. `kept` are held out of training."""
+
+    rows: list[Any]
+    make: Callable[[Any, np.random.Generator], dict[str, Any]]
+    seed: int
+    kept: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        rows, i = (self.rows, i) if i < VALIDATION else (self.kept, i - VALIDATION)
+        turn, place = divmod(i, len(rows))
+        order = np.random.default_rng((self.seed, 21, turn)).permutation(len(rows))
+        k = int(order[place])
+        if isinstance(rows[k], dict) and "broken" in rows[k]:
+            raise ValueError(rows[k]["broken"])
+        try:
+            return self.make(rows[k], np.random.default_rng((self.seed, 22, turn, k)))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{str(rows[k])[:120]}: {error!r}") from None
+
+
+def divided(
+    run: Any,
+    rows: list[Any],
+    make: Callable[[Any, np.random.Generator], dict[str, Any]],
+    keep: float,
+    key: Callable[[Any], str],
+    what: str | Path,
+) -> Rows:
+    """`rows` in two: a share of `keep` is held out, all rows of equal `key` together."""
+    if not 0 <= keep < 1:
+        raise ValueError(f"keep is the share of rows held out, 0 or more and below 1, not {keep}")
+
+    def out(row: Any) -> bool:
+        try:
+            return _unit(key(row)) < keep
+        except (KeyError, TypeError):
+            return False  # a broken row, which is named when it is asked for
+
+    held = [out(row) for row in rows]
+    train = [row for row, out in zip(rows, held, strict=True) if not out]
+    if not train:
+        raise ValueError(f"{what} holds no sample to train on")
+    return Rows(train, make, run.seed, [row for row, out in zip(rows, held, strict=True) if out])
+
+
+def own(
+    run: Any,
+    path: str,
+    image: str = "file",
+    text: str = "text",
+    task: str = "both",
+    keep: float = 0.0,
+    keep_by: str = "",
+) -> Rows:
+    """What is at `path`, by its looks: a folder, tar shards, messages, questions, or an index.
+
+    image, text and keep_by are for an index, see `captions`; task for all that has captions.
+    """
+    if not path:
+        raise ValueError(
+            "say where the data is: data.mine.path=INDEX.jsonl (or a folder, or *.tar)"
+        )
+    if Path(path).is_dir():
+        return folder(run, path, task, keep)
+    if path.endswith(".tar"):
+        return webdataset(run, path, task, keep)
+    if path.endswith(".jsonl"):
+        first = next((row for row in read_jsonl(path) if "broken" not in row), {})
+        if "messages" in first:
+            return messages(run, path, keep)
+        if "question" in first and "answer" in first:
+            return vqa(run, path, keep=keep)
+    return captions(run, path, image, text, task, keep, keep_by)
+
+
+def messages(run: Any, path: str, keep: float = 0.0) -> Rows:
+    """JSONL of {"messages": [...]}; paths of pictures are relative to the file."""
+    folder = Path(path).parent
+
+    def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
+        if not isinstance(row.get("messages"), list):
+            raise ValueError('a row is {"messages": [...]}')
+        return {"messages": [_placed(message, folder) for message in row["messages"]]}
+
+    return divided(run, read_jsonl(path), make, keep, json.dumps, path)
+
+
+def captions(
+    run: Any,
+    path: str,
+    image: str = "file",
+    text: str = "text",
+    task: str = "both",
+    keep: float = 0.0,
+    keep_by: str = "",
+) -> Rows:
+    """An index of pictures with texts: .jsonl, .csv or .parquet.
+
+    image: the column of the path, relative to the index. text: a column (one of a list is taken at
+    random), or a form of several, "a {style} picture of {name}". task: "draw", "describe" or, by
+    turns, "both". keep_by: a column whose values are held out whole (by default rows are).
+    """
+    folder, rows = Path(path).parent, read_table(path)
+    form = text if "{" in text else "{" + text + "}"
+    needed = [image, *re.findall(r"{(\w+)}", form), *filter(None, [keep_by])]
+    columns = next((row for row in rows if "broken" not in row), {})
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}, only {', '.join(columns)}")
+
+    def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
+        said = {
+            name: value[rng.integers(len(value))] if isinstance(value, list) and value else value
+            for name, value in row.items()
+        }
+        return pictured(folder / str(row[image]), form.format(**said), task, rng)
+
+    return divided(run, rows, make, keep, lambda row: str(row[keep_by or image]), path)
+
+
+def folder(run: Any, path: str, task: str = "both", keep: float = 0.0) -> Rows:
+    """A folder (with those below it) of pictures, each beside a .txt or a .json of its name.
+
+    A .json holds {"text": ...} or {"messages": [...]}.
+    """
+    if not Path(path).is_dir():
+        raise ValueError(f"no such folder: {path}")
+    pictures = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
+
+    def make(picture: Path, rng: np.random.Generator) -> dict[str, Any]:
+        words, record = picture.with_suffix(".txt"), picture.with_suffix(".json")
+        if words.exists():
+            return pictured(picture, words.read_text(encoding="utf-8"), task, rng)
+        if not record.exists():
+            raise ValueError(f"{picture} has no text: neither {words.name} nor {record.name}")
+        row = json.loads(record.read_text(encoding="utf-8"))
+        if "messages" in row:
+            return {"messages": [_placed(m, picture.parent) for m in row["messages"]]}
+        return pictured(picture, row["text"], task, rng)
+
+    return divided(run, pictures, make, keep, lambda p: p.stem, path)
+
+
+def coco(run: Any, path: str, images: str, task: str = "describe", keep: float = 0.0) -> Rows:
+    """COCO captions: `path` is captions_*.json, `images` the folder of the pictures."""
+    data = read_json(path)
+    files = {record["id"]: record["file_name"] for record in data["images"]}
+
+    def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
+        return pictured(Path(images) / files[row["image_id"]], row["caption"], task, rng)
+
+    return divided(run, data["annotations"], make, keep, lambda r: str(r["image_id"]), path)
+
+
+def vqa(run: Any, path: str, images: str = "", annotations: str = "", keep: float = 0.0) -> Rows:
+    """Questions about pictures, with answers.
+
+    Either JSONL rows {"file", "question", "answer"} relative to `images` (or the file), or COCO
+    VQA's two files: `path` the questions, `annotations` the answers, and `images` a folder of
+    pictures that are called COCO_<folder>_<id in 12 digits>.jpg.
+    """
+    root = Path(images) if images else Path(path).parent
+    if annotations:
+        answers = {r["question_id"]: r for r in read_json(annotations)["annotations"]}
+        rows = [
+            {
+                "file": f"COCO_{root.name}_{r['image_id']:012d}.jpg",
+                "question": r["question"],
+                "answer": answers[r["question_id"]]["multiple_choice_answer"],
+            }
+            for r in read_json(path)["questions"]
+            if r["question_id"] in answers
+        ]
+    else:
+        rows = read_jsonl(path)
+
+    def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
+        talk = [user({"image": str(root / row["file"])}, row["question"]), assistant(row["answer"])]
+        return {"messages": talk}
+
+    return divided(run, rows, make, keep, lambda row: str(row["file"]), path)
+
+
+def llava(run: Any, path: str, images: str, keep: float = 0.0) -> Rows:
+    """LLaVA's instruction JSON: {"image", "conversations": [{"from": "human"|"gpt", "value"}]}."""
+
+    def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
+        talk = []
+        for turn in row["conversations"]:
+            words = turn["value"].replace("<image>", "").strip()
+            parts = [words] if words else []
+            if "<image>" in turn["value"]:
+                parts.insert(0, {"image": str(Path(images) / row["image"])})
+            talk.append((user if turn["from"] == "human" else assistant)(*parts))
+        return {"messages": talk}
+
+    return divided(run, read_json(path), make, keep, lambda row: str(row.get("id", row)), path)
+
+
+def webdataset(run: Any, path: str, task: str = "both", keep: float = 0.0) -> Rows:
+    """WebDataset tar shards, `path` a glob ("data/*.tar"): pictures with a .txt or .json each.
+
+    The shards are read in place: one pass over their headers, then a sample at a time.
+    """
+    where = Path(path)
+    shards = sorted(where.parent.glob(where.name))
+    if not shards:
+        raise ValueError(f"no shard matches {path}")
+    rows = [row for shard in shards for row in _members(shard)]
+
+    def make(row: dict[str, tuple[Path, int, int]], rng: np.random.Generator) -> dict[str, Any]:
+        name = next((n for n in row if f".{n}" in PICTURES), None)
+        if name is None or not ("txt" in row or "json" in row):
+            raise ValueError("a sample of a shard has a picture and a .txt or .json")
+        from PIL import Image
+
+        picture = Image.open(io.BytesIO(_read(row[name])))
+        picture.load()
+        if "txt" in row:
+            return pictured(picture, _read(row["txt"]).decode(), task, rng)
+        record = json.loads(_read(row["json"]))
+        return pictured(picture, record.get("text") or record["caption"], task, rng)
+
+    def key(row: dict[str, tuple[Path, int, int]]) -> str:
+        shard, offset, _ = next(iter(row.values()))
+        return f"{shard.name} {offset}"
+
+    return divided(run, rows, make, keep, key, path)
+
+
+def huggingface(
+    run: Any,
+    path: str,
+    split: str = "train",
+    image: str = "image",
+    text: str = "text",
+    task: str = "both",
+    keep: float = 0.0,
+) -> Rows:
+    """A data set of the `datasets` library: a Hub id, or a folder that `save_to_disk` wrote."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("this source needs the datasets library: pip install datasets") from None
+    local = Path(path).is_dir()
+    data = datasets.load_from_disk(path) if local else datasets.load_dataset(path, split=split)
+    if isinstance(data, dict):
+        data = data[split]
+
+    def make(k: int, rng: np.random.Generator) -> dict[str, Any]:
+        row = data[k]
+        return pictured(row[image], row[text], task, rng)
+
+    return divided(run, list(range(len(data))), make, keep, str, path)
+
+
+# ---------------------------------------------------------------------------- parts of readers
+
+
+def pictured(picture: Any, text: str, task: str, rng: np.random.Generator) -> dict[str, Any]:
+    """A picture and its text as a conversation: to draw it, or to describe it."""
+    if task not in TASKS:
+        raise ValueError(f"task is one of {', '.join(TASKS)}, not {task!r}")
+    text = " ".join(str(text).split())
+    if not text:
+        raise ValueError(f"{picture} has an empty text")
+    part = {"image": str(picture) if isinstance(picture, Path) else picture}
+    if task == "draw" or (task == "both" and rng.random() < 0.5):
+        return {"messages": [user(text), assistant(part)]}
+    ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
+    return {"messages": [user(part, ask), assistant(text)]}
+
+
+def read_table(path: str) -> list[Row]:
+    """Rows of a .jsonl, .csv or .parquet file."""
+    ending = Path(path).suffix.lower()
+    if ending == ".csv":
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    if ending == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise ValueError(
+                f"{path}: reading Parquet needs pyarrow: pip install pyarrow"
+            ) from None
+        return parquet.read_table(path).to_pylist()
+    return read_jsonl(path)
+
+
+def read_jsonl(path: str) -> list[Row]:
+    """JSON objects, one a line. A broken line is a row that cannot be made into a sample."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    row = {"broken": f"line {number} is not JSON: {error}"}
+                rows.append(row if isinstance(row, dict) else {"broken": f"line {number}: {row!r}"})
+    return rows
+
+
+def read_json(path: str) -> Any:
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _members(shard: Path) -> Iterator[dict[str, tuple[Path, int, int]]]:
+    """The samples of a tar file: where each file of them lies, by its ending."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            name = ""
+            sample: dict[str, tuple[Path, int, int]] = {}
+            for member in tar:
+                if not member.isfile():
+                    continue
+                stem, _, ending = member.name.partition(".")
+                if stem != name and sample:
+                    yield sample
+                    sample = {}
+                name = stem
+                sample[ending.lower()] = (shard, member.offset_data, member.size)
+            if sample:
+                yield sample
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} cannot be read as a tar file: {error}") from None
+
+
+def _read(place: tuple[Path, int, int]) -> bytes:
+    shard, offset, size = place
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _placed(message: Row, folder: Path) -> Row:
+    """The message with the paths of its pictures relative to `folder`."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    content = [
+        {**part, "image": str(folder / part["image"])}
+        if isinstance(part, dict) and isinstance(part.get("image"), str)
+        else part
+        for part in message["content"]
+    ]
+    return {**message, "content": content}
+
+
+def _unit(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int(hashlib.sha1(text.encode()).hexdigest()[:13], 16) / 16**13

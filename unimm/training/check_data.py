@@ -1,0 +1,77 @@
+"""What is in the sources of a run, and what is wrong with them, before anything is trained."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from unimm.config import Run
+from unimm.data.images import open_image
+from unimm.data.processor import Message
+from unimm.training.next_token import open_init
+
+CELL, COLUMNS, SHOWN = 160, 6, 36  # the contact sheet: side of a cell, cells
+
+
+def check_data(run: Run, most: int, sheet: Path | None = None) -> str:
+    """Encode up to `most` samples of every source; a report in lines of text.
+
+    `sheet`: where a picture of the first samples goes.
+    """
+    _, processor, _ = open_init(run)
+    lines: list[str] = []
+    cells: list[tuple[Image.Image | None, str]] = []
+    for name, source in run.data.items():
+        rows = source.make(run, **source.options)
+        total = len(rows) if hasattr(rows, "__len__") else None
+        count = most if total is None else min(most, total)
+        lengths: list[int] = []
+        wrong: Counter[str] = Counter()
+        for i in range(count):
+            try:
+                talk = rows[i]["messages"]
+                lengths.append(len(processor.encode(talk)))
+            except (ValueError, OSError) as error:
+                wrong[" ".join(str(error).split())] += 1
+                continue
+            if len(cells) < SHOWN:
+                cells += list(_shown(talk))[: SHOWN - len(cells)]
+        kept = len(getattr(rows, "kept", ()))
+        size = "any number of rows" if total is None else f"{total} rows, {kept} held out"
+        lines.append(f"{name}: {size}; {len(lengths)} of {count} looked at are good")
+        if lengths:
+            spread = np.percentile(lengths, (0, 50, 100)).astype(int)
+            lines.append(f"  slots: {spread[0]} to {spread[2]}, median {spread[1]}")
+        lines += [f"  {times} x {reason}" for reason, times in wrong.most_common(10)]
+    if sheet is not None and cells:
+        contact_sheet(cells).save(sheet)
+    return "\n".join(lines)
+
+
+def contact_sheet(cells: list[tuple[Image.Image | None, str]]) -> Image.Image:
+    """Pictures with their words below, side by side."""
+    rows = -(-len(cells) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * CELL, rows * (CELL + 40)), "white")
+    pen = ImageDraw.Draw(page)
+    for k, (picture, words) in enumerate(cells):
+        left, top = k % COLUMNS * CELL, k // COLUMNS * (CELL + 40)
+        if picture is not None:
+            page.paste(ImageOps.contain(picture, (CELL - 8, CELL - 8)), (left + 4, top + 4))
+        for line in range(2):
+            pen.text((left + 4, top + CELL + 18 * line), words[line * 25 : line * 25 + 25], "black")
+    return page
+
+
+def _shown(talk: list[Message]) -> Iterator[tuple[Image.Image | None, str]]:
+    """The pictures of a conversation, each with the words of the conversation."""
+    parts: list[dict[str, Any]] = []
+    for message in talk:
+        content = message["content"]
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    words = " / ".join(part["text"] for part in parts if part["type"] == "text")
+    pictures: list[Any] = [part["image"] for part in parts if "image" in part]
+    for picture in pictures or [None]:
+        yield (None if picture is None else open_image(picture)), words
