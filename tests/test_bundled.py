@@ -63,7 +63,7 @@ def test_readme_commands_exist(tmp_path, monkeypatch, capsys):
 
     ran = 0
     for command, rest in lines:
-        if command in ("generate", "caption", "ask", "edit"):
+        if command in ("generate", "caption", "ask", "edit") and "--model" not in rest:
             dispatch([command, *shlex.split(rest, comments=True)])
             ran += 1
     assert ran >= 6
@@ -79,7 +79,7 @@ def test_batches_of_the_bundled_model_equal_single_calls(model):
 
 
 def test_it_draws_far_better_than_chance(model):
-    """Of 40 one-object prompts at least a fifth is right; a random picture never is."""
+    """Of 40 one-object prompts at least half is right; a random picture never is."""
     colors = ("red", "green", "blue", "yellow", "black")
     shapes = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
     prompts = [f"a {c} {s}" for c in colors for s in shapes]
@@ -87,7 +87,7 @@ def test_it_draws_far_better_than_chance(model):
     right = [check(np.asarray(i), p, "scenes") for i, p in zip(pictures, prompts, strict=True)]
     shifted = prompts[1:] + prompts[:1]
     wrong = [check(np.asarray(i), p, "scenes") for i, p in zip(pictures, shifted, strict=True)]
-    assert sum(right) >= 8 > 4 * sum(wrong), (sum(right), sum(wrong))
+    assert sum(right) >= 20 > 6 * sum(wrong), (sum(right), sum(wrong))
 
 
 def test_it_says_what_it_sees(model):

@@ -29,6 +29,9 @@ STAGES = {
     "stage3_sft.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
+    "longer.py": {
+        "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
+    },
 }  # fmt: skip
 
 
@@ -59,6 +62,7 @@ def placed(recipe, root, **changes):
         for name, source in config.data.items()
     }
     base = dict(init=str(root / "model"), data=data, steps=2, batch_size=12, accumulate=2)
+    base |= dict(compile=False)
     return dataclasses.replace(config, **{**base, "log_every": 1, "warmup": 0, **changes})
 
 

@@ -3,7 +3,7 @@
 unimm train train/longer.py init=unimm/assets/scenes out=runs/longer steps=2000
 
 The stores of pictures are made by train/scenes.py. Compared with stage 3 there are more captions
-and less text alone. What this brought, step by step: train/README.md.
+and no text alone. What this brought, step by step: train/README.md.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from unimm.data.sources import (
     scenes_edits,
     scenes_pictures,
     scenes_questions,
-    scenes_text,
 )
 
 config = dataclasses.replace(
@@ -24,12 +23,11 @@ config = dataclasses.replace(
     init="unimm/assets/scenes",
     out="runs/longer",
     data={
-        "captions": Source(scenes_captions, weight=4, options={"store": "runs/store"}),
+        "captions": Source(scenes_captions, weight=6, options={"store": "runs/store"}),
         "questions": Source(scenes_questions, weight=4, options={"store": "runs/store", "most": 8}),
-        "text": Source(scenes_text, weight=0.25, options={"world": "scenes"}),
-        "pictures": Source(scenes_pictures, weight=4, options={"store": "runs/store"}),
-        "edits": Source(scenes_edits, weight=1, options={"store": "runs/edits"}),
-        "chats": Source(scenes_chats, weight=0.75, options={"store": "runs/edits"}),
+        "pictures": Source(scenes_pictures, weight=3, options={"store": "runs/store"}),
+        "edits": Source(scenes_edits, weight=0.5, options={"store": "runs/edits"}),
+        "chats": Source(scenes_chats, weight=0.5, options={"store": "runs/edits"}),
     },
     steps=2_000,
     warmup=20,

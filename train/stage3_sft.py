@@ -22,9 +22,9 @@ config = Run(
     out="runs/stage3",
     step=next_token,
     count=scored_weight,
-    train=((r"vision\..*", 5e-4), (r".*", 2e-3)),
+    train=((r"vision\..*", 1e-3), (r".*", 2e-3)),
     optimizer="muon",
-    kind_weights={"text": 3.0, "code": 1.0},  # 64 codes drown a one-word answer
+    kind_weights={"text": 8.0, "code": 1.0},  # 64 codes drown a one-word answer
     data={
         "captions": Source(scenes_captions, weight=2, options={"store": "runs/store"}),
         "questions": Source(scenes_questions, weight=3, options={"store": "runs/store", "most": 8}),

@@ -50,7 +50,8 @@ def generate(args: argparse.Namespace) -> None:
     out = Path(args.out or ("out.png" if one_file else "out"))
     check_writable(out, folder=not one_file)
     model = load(args)
-    images = model.generate(prompts, args.n, best_of=args.best_of, **sampling(args))
+    how = {"best_of": args.best_of, "decoder": args.decoder, **sampling(args)}
+    images = model.generate(prompts, args.n, **how)
     if not one_file:
         out.mkdir(exist_ok=True)
     for k, image in enumerate(images):
@@ -166,6 +167,12 @@ def evaluate(args: argparse.Namespace) -> None:
     print(text)
 
 
+def compare(args: argparse.Namespace) -> None:
+    from unimm.evaluation.compare import compare as run
+
+    print(run(args.study, args.out))
+
+
 def demo(args: argparse.Namespace) -> None:
     from unimm.app import launch
 
@@ -203,6 +210,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--best-of", type=int, default=1, metavar="N", help="draw N for each, the model picks"
     )
+    p.add_argument("--decoder", default="codes", choices=["codes", "diffusion"])
     add_sampling(p)
     add_model(p)
     p = command("caption", caption, "say what is in pictures, one line each")
@@ -247,6 +255,9 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--items", metavar="FILE", help="write there what was right, item by item")
     p.add_argument("--before", metavar="FILE", help="another model's --items: what changed")
     add_model(p)
+    p = command("compare", compare, "train and evaluate the variants of a study on one budget")
+    p.add_argument("study", metavar="STUDY.py")
+    p.add_argument("-o", "--out", default="runs/study", help="the folder of runs and tables")
     p = command("demo", demo, "open the demo in a browser")
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=7860)

@@ -32,6 +32,7 @@ class UniMM:
     ):
         self.model, self.processor = model.eval(), processor
         self.sampling = sampling or {}
+        self.folder: Path | None = None  # where a diffusion decoder may lie
         self.engine = Engine(model, processor)
 
     @classmethod
@@ -45,8 +46,10 @@ class UniMM:
         "auto" for that of the files; the image tokenizer stays in float32.
         """
         target = pick_device(device)
-        loaded = load_model(BUNDLED if source is None else source, dtype, target)
-        return cls(*loaded)
+        place = BUNDLED if source is None else source
+        model = cls(*load_model(place, dtype, target))
+        model.folder = Path(place)
+        return model
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that `from_pretrained` loads."""
@@ -58,6 +61,7 @@ class UniMM:
         n: int = 1,
         *,
         best_of: int = 1,
+        decoder: str = "codes",
         guidance: float | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -67,7 +71,9 @@ class UniMM:
         """Draw `n` pictures of each prompt; picture k of the call uses seed + k.
 
         `best_of`: so many are drawn for each picture (seed + k * best_of and on), and the model
-        itself chooses the one that fits the prompt best by what it sees there.
+        itself chooses the one that fits the prompt best by what it sees there. `decoder`: "codes",
+        or "diffusion" where the model's folder holds one (train/diffusion.py); the settings of
+        sampling, but for guidance and seed, are then not used.
         Returns one image for one prompt with n=1, else a list (all of the first prompt first).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -77,7 +83,12 @@ class UniMM:
             )
         texts = [checked_text(p, "prompt") for p in prompts for _ in range(n * best_of)]
         settings = self._settings(guidance, temperature, top_k, top_p)
-        images = self._draw([[user(text)] for text in texts], settings, seed)
+        if decoder == "diffusion":
+            images = self._diffuse(texts, settings.guidance, seed)
+        elif decoder == "codes":
+            images = self._draw([[user(text)] for text in texts], settings, seed)
+        else:
+            raise ValueError(f"decoder is 'codes' or 'diffusion', not {decoder!r}")
         if best_of > 1:
             scores = agreement(self.model, self.processor, images, texts)
             starts = range(0, len(images), best_of)
@@ -167,6 +178,18 @@ class UniMM:
             answers = self.engine.run(self._requests(part, "image", seed + start), settings)
             images += self.pictures([answer.codes for answer in answers])
         return images
+
+    def _diffuse(self, texts: list[str], guidance: float, seed: int) -> list[Image.Image]:
+        from unimm.inference.diffusion import UniMMDiffusionPipeline
+        from unimm.model.diffusion import load_diffusion
+
+        if self.folder is None:
+            raise ValueError("a diffusion decoder is loaded with its model: use from_pretrained")
+        decoder, autoencoder = load_diffusion(self.folder, "text")
+        device = self.model.decoder.norm.weight.device
+        drawer = UniMMDiffusionPipeline(decoder, self.model, self.processor, autoencoder)
+        drawer.set_progress_bar_config(disable=True)
+        return [to_picture(p) for p in drawer.to(device)(texts, guidance=guidance, seed=seed)]
 
     def _requests(self, talks: list[list[Message]], mode: str, seed: int) -> list[Request]:
         answer = "image" if mode == "image" else "text"

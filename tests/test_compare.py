@@ -1,0 +1,251 @@
+"""A study of linear models: it takes seconds, and has all that a real one has."""
+
+import csv
+import dataclasses
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+
+from unimm.checkpoints.native import save_model
+from unimm.config import load_recipe
+from unimm.evaluation.compare import (
+    Study,
+    check_terms,
+    compare,
+    count_flops,
+    scenes_samples,
+    scenes_scores,
+    steps_of,
+    wall_seconds,
+)
+from unimm.model.decoder import Decoder
+from unimm.model.diffusion import DiffusionConfig, DiffusionDecoder, save_diffusion
+
+ROOT = Path(__file__).parent.parent
+STUDY = textwrap.dedent('''
+    """Two widths of a linear model, with the steps counted in FLOPs."""
+
+    import numpy as np
+    import torch
+    from pathlib import Path
+    from safetensors.torch import load_file, save_file
+    from torch import nn
+
+    from unimm.config import Run, Source
+    from unimm.evaluation.compare import Study
+    from unimm.training.trainer import Parts
+
+    STOP = Path(__file__).with_name("stop")  # holds how many more steps may be taken
+
+
+    def numbers(run):
+        class Numbers:
+            def __getitem__(self, i):
+                rng = np.random.default_rng((run.seed, i))
+                return rng.normal(size=4).astype(np.float32)
+        return Numbers()
+
+
+    def setup(run):
+        wide = run.options["wide"]
+        model = nn.Sequential(nn.Linear(4, wide, bias=False), nn.Linear(wide, 1, bias=False))
+        if run.init:
+            model.load_state_dict(load_file(run.init + "/model.safetensors"))
+        save = lambda out: save_file(model.state_dict(), out / "model.safetensors")
+        return Parts(model, lambda items: torch.tensor(np.stack(items)), None, save)
+
+
+    def step(model, batch, total, run):
+        if STOP.exists():
+            left = int(STOP.read_text()) - 1
+            STOP.write_text(str(left))
+            if left < 0:
+                raise KeyboardInterrupt
+        yield "main", (model(batch) - batch.sum(1, keepdim=True)).square().mean() / total, {}
+
+
+    def evaluate(folder, protocol):
+        a, b = load_file(folder / "model.safetensors").values()
+        x = torch.randn(protocol["n"], 4, generator=torch.Generator().manual_seed(0))
+        return {"error": float((x @ a.T @ b.T - x.sum(1, keepdim=True)).square().mean())}
+
+
+    def draw(folder, protocol):
+        return torch.zeros(3, 3, 8, 8)
+
+
+    def study(shared):
+        base = Run(
+            step=step, train=((r".*", 1e-2),), data={"a": Source(numbers)}, steps=1, batch_size=4,
+            setup=setup, precision="float32", log_every=1, save_every=2, options={"wide": 8},
+        )
+        frozen = ((r"0.*", None), (r".*", 1e-2))
+        return Study(
+            base=base,
+            variants={
+                "narrow": [{}],
+                "wide": [{"options": {"wide": 32}}],
+                "phases": [{"share": 0.25}, {"share": 0.75, "train": frozen}],
+            },
+            budget={"flops": BUDGET}, seeds=2, protocol={"n": N}, evaluate=evaluate, draw=draw,
+        )
+''')  # fmt: skip
+
+# A product (4, 4) @ (4, 8) has 2·4·4·8 FLOPs; the first layer needs no gradient of its input.
+NARROW = 2 * 4 * 4 * 8 * 2 + 2 * 4 * 8 * 3
+
+
+def written(folder, n=64, budget=16 * NARROW):
+    path = folder / "study.py"
+    path.write_text(STUDY.replace("N}", f"{n}}}").replace("BUDGET", str(budget)))
+    return path
+
+
+def rows_of(out):
+    with (out / "table.csv").open() as file:
+        return {row["variant"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return compare(written(folder), folder / "out")
+
+
+def test_the_table_has_every_variant_on_one_budget(finished):
+    rows = rows_of(finished)
+    assert list(rows) == ["narrow", "phases", "wide"]
+    assert {row["seeds"] for row in rows.values()} == {"2"}
+    assert float(rows["narrow"]["flops_a_sample"]) == NARROW / 4
+    assert [float(rows[name]["steps"]) for name in ("narrow", "wide")] == [16, 4]
+    assert float(rows["narrow"]["parameters"]) == 4 * 8 + 8
+    assert float(rows["wide"]["parameters"]) == 4 * 32 + 32
+    assert float(rows["phases"]["steps"]) == 4 + 22  # a frozen layer costs less: more steps
+    assert float(rows["narrow"]["wall_ratio"]) == 1
+    assert float(rows["narrow"]["error_std"]) > 0
+    errors = [
+        json.loads((finished / f"runs/narrow-{k}.json").read_text())["scores"]["error"]
+        for k in (0, 1)
+    ]
+    assert float(rows["narrow"]["error"]) == pytest.approx(np.mean(errors), rel=1e-4)
+    assert float(rows["narrow"]["error_std"]) == pytest.approx(np.std(errors, ddof=1), rel=1e-4)
+    text = (finished / "table.md").read_text()
+    assert "±" in text and text.count("\n| ") == 4
+    for name in ("curves.png", "samples-narrow.png", "samples-wide.png"):
+        assert (finished / name).stat().st_size > 100, name
+
+
+def test_a_study_that_is_killed_goes_on_to_the_same_table(finished, tmp_path):
+    path, kills = written(tmp_path), 0
+    for steps in (5, 9, 1000):
+        (tmp_path / "stop").write_text(str(steps + 2))  # counting FLOPs takes a step too
+        try:
+            compare(path, tmp_path / "out")
+        except KeyboardInterrupt:
+            kills += 1
+            assert not (tmp_path / "out/table.md").exists()
+    assert kills == 2
+    whole, cut = rows_of(finished), rows_of(tmp_path / "out")
+    for name, row in whole.items():
+        for key, value in row.items():
+            if "wall" not in key:
+                assert cut[name][key] == value, (name, key)
+    left = int((tmp_path / "stop").read_text())
+    written_at = (tmp_path / "out/runs/wide-1.json").stat().st_mtime_ns
+    compare(path, tmp_path / "out")
+    assert int((tmp_path / "stop").read_text()) == left  # nothing is trained again,
+    assert (tmp_path / "out/runs/wide-1.json").stat().st_mtime_ns == written_at  # nor evaluated
+
+
+def test_runs_of_different_protocols_are_not_tabulated(finished, tmp_path):
+    other = written(tmp_path, n=32)
+    with pytest.raises(ValueError, match="protocol"):
+        compare(other, finished)
+    with pytest.raises(ValueError, match="budget"):
+        compare(written(tmp_path, budget=99), finished)
+    runs = [{"name": n, "terms": {"protocol": p}} for n, p in (("a", {"n": 1}), ("b", {"n": 1}))]
+    check_terms(runs)
+    runs[1]["terms"]["protocol"] = {"n": 2}
+    with pytest.raises(ValueError, match="a and b"):
+        check_terms(runs)
+
+
+def test_budgets():
+    assert steps_of({"steps": 10}, 0.5, 8, 1.0) == 5
+    assert steps_of({"samples": 800}, 1.0, 8, 1.0) == 100
+    assert steps_of({"flops": 1e6}, 0.5, 10, 100.0) == 500
+    common = dict(base=None, seeds=1, protocol={}, evaluate=steps_of)
+    with pytest.raises(ValueError, match="budget"):
+        Study(variants={"a": [{}]}, budget={"minutes": 3}, **common)
+    with pytest.raises(ValueError, match="add up"):
+        Study(variants={"a": [{"share": 0.5}]}, budget={"steps": 3}, **common)
+    with pytest.raises(ValueError, match="at least one"):
+        Study(variants={}, budget={"steps": 3}, **common)
+
+
+def test_flops_of_a_decoder_are_those_of_the_formula():
+    config = tiny_config(heads=4, kv_heads=4).decoder
+    decoder = Decoder(config)
+    x, positions = torch.randn(2, 10, config.dim), torch.arange(10)[None]
+    c, width = config, config.heads * config.head_dim
+    matrices = c.layers * (4 * c.dim * width + 3 * c.dim * c.hidden)
+    attention = c.layers * 2 * 2 * 10 * 10 * width  # scores and values, two rows
+    with torch.no_grad():
+        assert count_flops(lambda: decoder(x, positions)) == 2 * (20 * matrices + attention)
+
+
+def test_wall_time_counts_a_step_once(tmp_path):
+    entries = [(2, 1.0), (4, 2.0), (4, 3.0), (6, 1.0)]  # the second 4 came after a stop
+    lines = [json.dumps({"step": s, "seconds_a_step": t}) for s, t in entries]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps({"step": 6, "psnr": 3.0})]))
+    assert wall_seconds(tmp_path) == 2 * 1.0 + 2 * 3.0 + 2 * 1.0
+
+
+def test_one_protocol_scores_both_ways_of_drawing(tmp_path, monkeypatch):
+    from unimm.evaluation import compare as module
+
+    save_model(tmp_path / "model", *tiny_model())
+    protocol = {
+        "world": "scenes-mini", "n": 12, "seed": 3, "guidance": 1.0,
+        "diffusion_guidance": 1.0, "diffusion_steps": 2,
+    }  # fmt: skip
+    asked = []
+    monkeypatch.setattr(module, "check", lambda p, words, world: asked.append(words) or True)
+    for way, unit in (("codes", 16), ("diffusion", 2)):
+        asked.append(way)
+        if way == "diffusion":
+            config = DiffusionConfig("text", 32, None, 16, 3, 4, 32, 1, 2)
+            save_diffusion(tmp_path / "model", DiffusionDecoder(config))
+        scores = scenes_scores(tmp_path / "model", protocol)
+        assert scores["units_an_image"] == unit and scores["latency_s"] > 0
+        assert scores["generation"] == 1 and scores["generation_position"] == 1
+        assert 0 <= scores["understanding"] <= 1
+        assert ("reconstruction_psnr" in scores) == (way == "codes")
+        pictures = scenes_samples(tmp_path / "model", protocol)
+        assert pictures.shape == (16, 3, 16, 16) and pictures.abs().max() <= 1
+    half = asked.index("diffusion")
+    assert asked[1:half] == asked[half + 1 :] and len(set(asked[1:half])) > 5
+
+
+@pytest.mark.slow
+def test_the_study_of_pathways_runs(tmp_path, monkeypatch):
+    """The shipped study, made so small that it shows only that all of it works."""
+    recipe = load_recipe(ROOT / "train/study_pathways.py")
+    small = {"store": 160, "image_tokenizer": 3, "siglip": 2, "words": 300}
+    monkeypatch.setattr(recipe, "PIECES", small)
+    monkeypatch.setattr(recipe, "PROTOCOL", {**recipe.PROTOCOL, "n": 6, "diffusion_steps": 2})
+    monkeypatch.setattr(recipe, "FLOPS", 2e11)
+    monkeypatch.setattr("unimm.evaluation.compare.load_recipe", lambda path: recipe)
+    study = recipe.study
+    monkeypatch.setattr(recipe, "study", lambda shared: dataclasses.replace(study(shared), seeds=1))
+    rows = rows_of(compare("study_pathways.py", tmp_path))
+    assert list(rows) == ["decoupled", "diffusion", "shared"]
+    spent = [float(row["flops_a_sample"]) * float(row["steps"]) * 32 for row in rows.values()]
+    assert all(1.5e11 < flops < 2.5e11 for flops in spent)  # steps are whole
+    assert float(rows["diffusion"]["units_an_image"]) == 2
+    assert float(rows["decoupled"]["units_an_image"]) == 16

@@ -1,0 +1,413 @@
+"""Comparisons that are fair: variants of one recipe, one budget, several seeds, one protocol.
+
+A study is a Python file with a function `study(shared)` that returns a `Study`; `shared` is a
+folder for what all variants begin with. `compare` trains what is not trained yet, evaluates what
+is not evaluated yet, and writes table.md, table.csv, curves.png, grids and one JSON a run.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unimm.config import Run, load_recipe
+from unimm.data.mixture import Mixture, pieces
+from unimm.data.processor import to_unit
+from unimm.data.scenes import (
+    SPLITS,
+    TASKS,
+    WORLDS,
+    check,
+    prompt,
+    render,
+    sample_scene,
+    task_prompt,
+)
+from unimm.evaluation.scenes import Protocol, score_understanding
+from unimm.pipeline import UniMM
+from unimm.training.image_tokenizer import psnr
+from unimm.training.next_token import save_grid
+from unimm.training.trainer import Parts, make_optimizers, setup, train
+
+BUDGETS = ("steps", "samples", "flops")
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f", "#8c564b")
+COSTS = ("parameters", "steps", "flops_a_sample", "wall_ratio")  # columns before the metrics
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    variants: by name, the phases of a training one after the other (each begins with the result
+    of the one before); a phase is a dict of changes to fields of `base`, and "share" in it is its
+    part of the budget.
+    budget: one of {"steps": n}, {"samples": n}, {"flops": n}, training FLOPs, for each variant.
+    protocol: what scores depend on, JSON-able. evaluate(folder, protocol) -> scores by name.
+    draw(folder, protocol) -> pictures (N, 3, H, W) in [-1, 1] for the grid; optional.
+    """
+
+    base: Run
+    variants: dict[str, Sequence[dict[str, Any]]]
+    budget: dict[str, float]
+    seeds: int
+    protocol: dict[str, Any]
+    evaluate: Callable[[Path, dict[str, Any]], dict[str, float]]
+    draw: Callable[[Path, dict[str, Any]], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.budget) != 1 or not self.budget.keys() <= set(BUDGETS):
+            raise ValueError(f"a budget is one of {', '.join(BUDGETS)}, not {self.budget}")
+        if self.seeds < 1 or not self.variants:
+            raise ValueError("a study needs at least one variant and one seed")
+        for name, phases in self.variants.items():
+            if not np.isclose(sum(phase.get("share", 1.0) for phase in phases), 1.0):
+                raise ValueError(f"the shares of the phases of {name!r} must add up to 1")
+
+    def terms(self) -> dict[str, Any]:
+        """What runs must have in common to stand in one table."""
+        name = f"{self.evaluate.__module__}:{self.evaluate.__qualname__}"
+        terms = {"protocol": self.protocol, "evaluate": name, "budget": self.budget}
+        return json.loads(json.dumps(terms))
+
+
+def compare(study_path: str | Path, out: str | Path) -> Path:
+    """Do what is left to do of the study and write its tables to `out`; returns `out`.
+
+    ValueError where runs in `out` were evaluated in another way than this study says.
+    """
+    out = Path(out)
+    recipe = load_recipe(study_path)
+    if not hasattr(recipe, "study"):
+        raise ValueError(f"{study_path} is not a study: it has no function `study`")
+    (out / "shared").mkdir(parents=True, exist_ok=True)
+    study: Study = recipe.study(out / "shared")
+    check_terms([*read_runs(out), {"name": "this study", "terms": study.terms()}])
+    for seed in range(study.seeds):  # a seed of all variants before the next: half is comparable
+        for name in study.variants:
+            record = out / "runs" / f"{name}-{seed}.json"
+            if not record.exists():
+                result = run_variant(study, name, seed, out / "runs" / f"{name}-{seed}")
+                part = record.with_suffix(".part")
+                part.write_text(json.dumps(result, indent=1))
+                os.replace(part, record)
+    tabulate(out)
+    return out
+
+
+def run_variant(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train all phases of one variant, evaluate the result and draw its grid."""
+    begin = study.variants[name][0].get("init", study.base.init)
+    init, costs, records, seconds = begin, [], [], 0.0
+    for index, phase in enumerate(study.variants[name]):
+        changes = {key: value for key, value in phase.items() if key not in ("share", "init")}
+        place = {"init": init, "out": str(folder / f"phase{index}"), "seed": seed}
+        run = dataclasses.replace(study.base, **{**changes, **place})
+        known = folder / f"phase{index}.json"
+        if not known.exists():  # counted once: the steps that follow from it must never change
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(json.dumps(sample_flops(run)))
+        flops = json.loads(known.read_text())
+        steps = steps_of(study.budget, phase.get("share", 1.0), run.batch_size, flops)
+        run = dataclasses.replace(run, steps=steps)
+        init = str(train(run))
+        costs.append((steps, steps * run.batch_size, flops))
+        records.append(run.record())
+        seconds += wall_seconds(Path(run.out))
+    if study.draw is not None and seed == 0:
+        save_grid(study.draw(Path(init), study.protocol), folder / "samples.png", columns=8)
+    return {
+        "name": f"{name}-{seed}",
+        "variant": name,
+        "seed": seed,
+        "terms": study.terms(),
+        "phases": [f"{name}-{seed}/phase{k}" for k in range(len(costs))],
+        "costs": {
+            "parameters": moved_parameters(Path(begin) if begin else None, Path(init)),
+            "steps": sum(steps for steps, _, _ in costs),
+            "flops_a_sample": sum(n * f for _, n, f in costs) / sum(n for _, n, _ in costs),
+            "seconds": seconds,
+        },
+        "scores": study.evaluate(Path(init), study.protocol),
+        "runs": records,
+    }
+
+
+def steps_of(budget: dict[str, float], share: float, batch_size: int, flops: float) -> int:
+    """How many steps a share of the budget is."""
+    ((kind, amount),) = budget.items()
+    per_step = {"steps": 1.0, "samples": batch_size, "flops": batch_size * flops}[kind]
+    return max(1, round(amount * share / per_step))
+
+
+def moved_parameters(before: Path | None, after: Path) -> int:
+    """Numbers in the .safetensors of `after` whose tensors are not as they were in `before`."""
+    count = 0
+    for path in sorted(after.glob("*.safetensors")):
+        old = before / path.name if before is not None else path
+        known = load_file(old) if before is not None and old.exists() else {}
+        for name, tensor in load_file(path).items():
+            same = name in known and torch.equal(known[name].to(tensor.dtype), tensor)
+            count += 0 if same else tensor.numel()
+    return count
+
+
+def sample_flops(run: Run) -> float:
+    """Training FLOPs a sample, from one step of `run` on the CPU."""
+    torch.manual_seed(run.seed)
+    parts = setup(run)
+    make_optimizers(parts.model, run)  # freezes what the run freezes: that needs no gradient
+    return step_flops(parts, run) / run.batch_size
+
+
+def step_flops(parts: Parts, run: Run) -> int:
+    """FLOPs of products and convolutions in one training step, forward and backward.
+
+    A real batch is counted, because which slots are scored shapes the heads' products; in float32
+    and by the math path of attention, as the counter reads 0 for the fused one on a CPU.
+    """
+    mixture = Mixture(
+        {name: source.make(run, **source.options) for name, source in run.data.items()},
+        {name: source.weight for name, source in run.data.items()},
+        run.seed,
+        parts.prepare,
+    )
+    items = mixture.take(run.batch_size)
+    if parts.size:
+        items.sort(key=parts.size)
+    run = dataclasses.replace(run, precision="float32")
+    parts.model.train()
+
+    def step() -> None:
+        for part in pieces(items, run.accumulate):
+            for _, loss, _ in run.step(parts.model, parts.collate(list(part)), 1.0, run):
+                loss.backward()
+
+    return count_flops(step)
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """FLOPs (two a multiply-add) of products and convolutions in `call()`, on any device."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def wall_seconds(folder: Path) -> float:
+    """Seconds of training by the log; steps done twice, after a stop, count once."""
+    entries = {e["step"]: e for e in read_log(folder) if "seconds_a_step" in e}
+    steps = sorted(entries)
+    widths = np.diff([0, *steps])
+    return float(sum(w * entries[s]["seconds_a_step"] for s, w in zip(steps, widths, strict=True)))
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read_runs(out: Path) -> list[dict[str, Any]]:
+    """The runs of a study that are evaluated, by seed and then in order of the file names."""
+    found = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*-*.json"))]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def check_terms(runs: Sequence[dict[str, Any]]) -> None:
+    """ValueError unless all runs were trained and evaluated on the same terms."""
+    for run in runs[1:]:
+        for key, value in run["terms"].items():
+            if runs[0]["terms"].get(key) != value:
+                raise ValueError(
+                    f"{runs[0]['name']} and {run['name']} cannot stand in one table: "
+                    f"{key} is {runs[0]['terms'].get(key)} in one and {value} in the other"
+                )
+
+
+def tabulate(out: Path) -> None:
+    """table.md, table.csv, curves.png and a grid a variant, from the runs in `out`."""
+    runs = read_runs(out)
+    check_terms(runs)
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    first = {run["seed"]: run["costs"]["seconds"] for run in runs if run["variant"] == variants[0]}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for run in runs:
+        ratio = run["costs"]["seconds"] / first.get(run["seed"], float("nan"))
+        values = {**run["costs"], "wall_ratio": ratio, **run["scores"]}
+        rows[run["variant"]].append(values)
+    scores = list(dict.fromkeys(key for run in runs for key in run["scores"]))
+    columns = [*COSTS, *scores]
+    cells = {
+        name: [spread([run[c] for run in runs_of if c in run]) for c in columns]
+        for name, runs_of in rows.items()
+    }
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["variant", "seeds", *(f"{c}{s}" for c in columns for s in ("", "_std"))])
+        for name, row in cells.items():
+            writer.writerow([name, len(rows[name]), *(f"{v:.6g}" for cell in row for v in cell)])
+    lines = [" | ".join(["variant", "seeds", *columns]), "|".join(["---"] * (len(columns) + 2))]
+    for name, row in cells.items():
+        shown = (f"{m:.4g}" if not s else f"{m:.4g} ± {s:.2g}" for m, s in row)
+        lines.append(" | ".join([name, str(len(rows[name])), *shown]))
+    note = f"Mean ± standard deviation over seeds. Terms: `{json.dumps(runs[0]['terms'])}`\n"
+    (out / "table.md").write_text("\n".join(f"| {line} |" for line in lines) + "\n\n" + note)
+    draw_curves(out, runs)
+    for run in runs:
+        grid = out / "runs" / run["name"] / "samples.png"
+        if grid.exists():
+            Image.open(grid).save(out / f"samples-{run['variant']}.png")
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; NaN where there is nothing."""
+    if not values:
+        return float("nan"), 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def draw_curves(out: Path, runs: Sequence[dict[str, Any]]) -> None:
+    """curves.png: a panel for each logged number that is a loss, a line for each run."""
+    lines: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}
+    for run in runs:
+        for phase in run["phases"]:
+            log = read_log(out / "runs" / phase)
+            for key in {k for e in log for k in e if k.endswith(("_nats", "_error", "_loss"))}:
+                points = sorted({e["step"]: e[key] for e in log if key in e}.items())
+                lines.setdefault(key, []).append((run["variant"], points))
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    colors = {name: COLORS[k % len(COLORS)] for k, name in enumerate(variants)}
+    width, height = 480, 300
+    sheet = Image.new("RGB", (width, height * max(1, len(lines))), "white")
+    pen = ImageDraw.Draw(sheet)
+    for panel, key in enumerate(sorted(lines)):
+        top = panel * height
+        every = [point for _, points in lines[key] for point in points]
+        right = max(step for step, _ in every)
+        low, high = min(v for _, v in every), max(v for _, v in every)
+        box = (50, top + 30, width - 10, top + height - 25)
+        pen.rectangle(box, outline="#999999")
+        pen.text((50, top + 8), key, fill="black")
+        pen.text((4, box[1]), f"{high:.3g}", fill="black")
+        pen.text((4, box[3] - 12), f"{low:.3g}", fill="black")
+        pen.text((box[2] - 60, box[3] + 4), f"step {right:.0f}", fill="black")
+        for k, name in enumerate(variants):
+            pen.text((box[0] + 110 + 90 * k, top + 8), name, fill=colors[name])
+        for name, points in lines[key]:
+            places = [
+                (
+                    box[0] + (box[2] - box[0]) * step / right,
+                    box[3] - (box[3] - box[1]) * (value - low) / ((high - low) or 1.0),
+                )
+                for step, value in points
+            ]
+            pen.line(places, fill=colors[name], width=2)
+    sheet.save(out / "curves.png")
+
+
+Painter = Callable[[Sequence[str], int], Tensor]  # prompts, seed of the first -> (N, 3, H, W)
+
+
+def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
+    """Scores of a model folder on held-out Scenes; a diffusion decoder in it does the drawing.
+
+    protocol: "world", "n" (pictures of each of two held-out splits), "seed", "guidance",
+    "diffusion_guidance" and "diffusion_steps". units_an_image: codes, or steps of the flow.
+    reconstruction_psnr: of held-out pictures through the image tokenizer, where it is drawn with.
+    latency_s: seconds for one picture alone, the least of three.
+    """
+    model, paint, units = painter(folder, protocol)
+    right: dict[str, list[bool]] = {}
+    for split in SPLITS[1:]:
+        tasks = TASKS if split == "pairs" else ("position",)  # as evaluation.scenes asks
+        jobs = []
+        for k in range(max(1, protocol["n"] // len(tasks)) * len(tasks)):
+            task = tasks[k % len(tasks)]
+            rng = np.random.default_rng((protocol["seed"], k, SPLITS.index(split)))
+            scene = sample_scene(WORLDS[protocol["world"]], rng, split=split, task=task)
+            jobs.append((task, task_prompt(scene, task, rng)))
+        pixels = paint([words for _, words in jobs], protocol["seed"] * 100_003)
+        levels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for (task, words), picture in zip(jobs, levels, strict=True):
+            right.setdefault(task, []).append(check(picture, words, protocol["world"]))
+    by_task = {f"generation_{task}": float(np.mean(right[task])) for task in TASKS if task in right}
+    asked = Protocol(n=protocol["n"], world=protocol["world"])
+    tallies = [score_understanding(model, asked, s, protocol["seed"]) for s in SPLITS[1:]]
+    seconds = []
+    for k in range(3):
+        begin = time.perf_counter()
+        paint(["a red circle"], k)
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "units_an_image": units,
+        "generation": float(np.mean(list(by_task.values()))),
+        **by_task,
+        "understanding": float(np.mean([tally.rate("yes_no") for tally in tallies])),
+        **(
+            {}
+            if drawn_by_flow(folder)
+            else {"reconstruction_psnr": reconstruction(model, protocol)}
+        ),
+        "latency_s": min(seconds),
+    }
+
+
+def reconstruction(model: UniMM, protocol: dict[str, Any]) -> float:
+    """Mean PSNR of the image tokenizer on `n` held-out pictures, in decibels."""
+    tokenizer, world, made = model.processor.image_tokenizer, WORLDS[protocol["world"]], []
+    assert tokenizer is not None
+    for k in range(protocol["n"]):
+        rng = np.random.default_rng((protocol["seed"], 992, k))
+        scene = sample_scene(world, rng, split="pairs")
+        made.append(model.processor.drawn_pixels(render(scene, world)))
+    pixels = torch.stack(made)
+    drawn = tokenizer.decode(tokenizer.encode(pixels), model.processor.grid)
+    return float(psnr(drawn, pixels).mean())
+
+
+def drawn_by_flow(folder: Path) -> bool:
+    return (folder / "diffusion_text.json").exists()
+
+
+def scenes_samples(folder: Path, protocol: dict[str, Any]) -> Tensor:
+    """Sixteen pictures of held-out prompts, the same for every model: (16, 3, H, W)."""
+    prompts = []
+    for k in range(16):
+        rng = np.random.default_rng((protocol["seed"], 991, k))
+        scene = sample_scene(WORLDS[protocol["world"]], rng, split="pairs")
+        prompts.append(prompt(scene, rng))
+    return painter(folder, protocol)[1](prompts, 0)
+
+
+def painter(folder: Path, protocol: dict[str, Any]) -> tuple[UniMM, Painter, int]:
+    """The model, its way of drawing, and how many codes or steps that takes."""
+    model = UniMM.from_pretrained(folder)
+    if not drawn_by_flow(folder):
+
+        def by_codes(prompts: Sequence[str], seed: int) -> Tensor:
+            drawn = model.generate(list(prompts), guidance=protocol["guidance"], seed=seed)
+            return torch.stack([to_unit(np.asarray(picture)) for picture in drawn])
+
+        return model, by_codes, model.processor.codes_per_image
+    from unimm.inference.diffusion import UniMMDiffusionPipeline
+
+    pipeline = UniMMDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def by_diffusion(prompts: Sequence[str], seed: int) -> Tensor:
+        guidance, steps = protocol["diffusion_guidance"], protocol["diffusion_steps"]
+        return pipeline(list(prompts), guidance=guidance, steps=steps, seed=seed)
+
+    return model, by_diffusion, protocol["diffusion_steps"]
