@@ -271,6 +271,27 @@ def test_fine_tuning_learns_from_an_index_and_reports_what_is_held_out(files, tm
     assert held and held[-1]["step"] == 25
 
 
+def test_a_broken_row_among_the_held_out_does_not_stop_a_run(files):
+    from unimm.training.next_token import held_out_nats
+
+    model, processor = tiny_model()
+    run = override(
+        load_recipe("train/finetune.py").config,
+        [f"data.mine.path={files}/index.jsonl", "data.mine.keep=0.99", "data.mine.task=describe"],
+    )
+    source = run.data["mine"]
+    source.options["keep"] = 0.0
+    rows = source.make(run, **source.options)
+    made = dataclasses.replace(rows, kept=rows.rows)
+    run = dataclasses.replace(
+        run, data={"mine": dataclasses.replace(source, make=lambda run, **o: made)}, batch_size=2
+    )
+    whole = held_out_nats(run, model, processor)
+    (files / "images/2.png").write_bytes(b"no picture")
+    some = held_out_nats(run, model, processor)
+    assert set(whole) == set(some) == {"mine_held_out_text_nats"} and whole != some
+
+
 def test_the_command_says_what_is_wrong_with_data(files, tmp_path, capsys):
     save_model(tmp_path / "tiny", *tiny_model())
     (files / "images/3.png").write_bytes(b"")

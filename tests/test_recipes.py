@@ -282,3 +282,27 @@ def test_every_recipe_loads_and_trains_something(world):
         run = load_recipe(ROOT / "train" / name).config
         trained = make_optimizers(model, run)["main"].param_groups
         assert sum(p.numel() for group in trained for p in group["params"]) > 0
+
+
+def test_near_negatives_differ_in_one_shape_and_stay_in_the_split(world):
+    """Of eight pairs in a row seven have one other shape; each caption is true of its picture."""
+    from types import SimpleNamespace
+
+    from unimm.data.scenes import complete, is_held_out, look, parse
+    from unimm.data.sources import scenes_pairs
+
+    pairs = scenes_pairs(SimpleNamespace(seed=3), str(world / "store"), 8, "scenes-mini")
+    for first in range(0, 80, 8):
+        group = [pairs[first + k] for k in range(8)]
+        looks = [look(item["pixels"], "scenes-mini") for item in group]
+        assert all(is_held_out(scene) is None for scene in looks)
+        for item, scene in zip(group, looks, strict=True):
+            assert complete(parse(item["text"]), scene)
+        base = sorted((o.x, o.y, o.color, o.shape) for o in looks[0].objects)
+        for scene in looks[1:]:
+            kept = [o.shape for o in scene.objects]
+            assert sorted(kept) != sorted(o.shape for o in looks[0].objects)
+            assert len(kept) == len(base)
+            assert sorted(o.color for o in scene.objects) == sorted(o[2] for o in base)
+    plain = scenes_pairs(SimpleNamespace(seed=3), str(world / "store"))
+    assert len({plain[i]["text"] for i in range(40)}) > 10

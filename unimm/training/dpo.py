@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unimm.config import Run
 from unimm.data.processor import Processor, Sample
+from unimm.data.readers import Rows
 from unimm.model.unified import Batch, UnifiedModel
 from unimm.training.adapters import (
     add_adapters,
@@ -209,22 +210,9 @@ def cached_reference(
     return known
 
 
-@dataclass
-class Preferences:
-    """Preferences in an order that is drawn anew for each pass; `[i]` for any i >= 0."""
-
-    rows: list[Row]
-    seed: int
-
-    def __getitem__(self, i: int) -> Row:
-        turn, place = divmod(i, len(self.rows))
-        order = np.random.default_rng((self.seed, 11, turn)).permutation(len(self.rows))
-        return self.rows[order[place]]
-
-
-def preferences(run: Run, path: str) -> Preferences:
+def preferences(run: Run, path: str) -> Rows:
     """Source: the preferences of a JSONL file."""
-    return Preferences(read_preferences(path), run.seed)
+    return Rows(read_preferences(path), lambda row, rng: row, run.seed, [])
 
 
 def read_preferences(path: str | Path) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,13 @@ def held_out_nats(
         rows = source.make(run, **source.options)
         sums = {kind: [0.0, 0.0] for kind in KINDS}
         for k in range(0, min(most, len(getattr(rows, "kept", ()))), run.batch_size):
-            part = range(k, min(k + run.batch_size, most, len(rows.kept)))
-            talks = [rows[VALIDATION + i]["messages"] for i in part]
-            batch = processor.collate([processor.encode(talk) for talk in talks])
+            samples = []
+            for i in range(k, min(k + run.batch_size, most, len(rows.kept))):
+                with suppress(ValueError, OSError):  # a broken row is no reason to stop a run
+                    samples.append(processor.encode(rows[VALIDATION + i]["messages"]))
+            if not samples:
+                continue
+            batch = processor.collate(samples)
             output = model(batch.to(model.decoder.norm.weight.device))
             for kind, (total, count) in output.nats.items():
                 sums[kind][0] += total
