@@ -354,3 +354,32 @@ def test_the_better_of_two_pictures_becomes_a_preference(client, model, ratings)
         assert (best == pictures[0]).all() and (worst == pictures[1]).all()
     with pytest.raises(AppError, match="Seed is a number"):
         client.predict(prompt="a red star", seed=-1, api_name="/compare")
+
+
+def test_both_decoders_side_by_side(client, tmp_path_factory, tmp_path):
+    """A folder with a diffusion decoder offers it; one without refuses it."""
+    from unimm.model.diffusion import DiffusionConfig, DiffusionDecoder, save_diffusion
+
+    refused(lambda: drawn(client, "a dog", decoder="both"), "Decoder is one of codes")
+    folder = tmp_path_factory.mktemp("both")
+    save_model(folder, *tiny_model(), {"guidance": 2.0})
+    config = DiffusionConfig(
+        condition="text", condition_dim=32, codes=None, size=16, channels=3, patch=8, dim=16,
+        layers=1, heads=2,
+    )  # fmt: skip
+    save_diffusion(folder, DiffusionDecoder(config))
+    model = UniMM.from_pretrained(folder)
+    page, url, _ = app.launch(
+        model, "127.0.0.1", 0, tmp_path / "r.jsonl", prevent_thread_lock=True, quiet=True
+    )
+    try:
+        found = Client(url, verbose=False, download_files=tmp_path / "got").predict(
+            prompt="a dog", **DRAW, decoder="both", api_name="/draw"
+        )
+    finally:
+        page.blocks.close(verbose=False)
+    assert [one["caption"] for one in found] == ["codes", "diffusion"] * 2
+    shown = [pixels(one["image"]) for one in found]
+    codes = generated(model, "a dog")
+    flow = generated(model, "a dog", decoder="diffusion")
+    assert same(shown, [codes[0], flow[0], codes[1], flow[1]])

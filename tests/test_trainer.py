@@ -177,7 +177,22 @@ def test_prefetch_keeps_order_and_raises():
 
     with pytest.raises(ValueError, match="broken row"):
         list(prefetch(broken, 3))
+
+
+def test_pieces_are_cut_where_padding_costs_least():
     assert [len(p) for p in pieces(list(range(8)), 3)] == [3, 2, 3]
+    sizes = [80, 80, 82, 84, 90, 90, 91, 240, 250]
+    cut = pieces(sizes, 3, lambda size: size)
+    assert [list(p) for p in cut] == [[80, 80, 82, 84], [90, 90, 91], [240, 250]]
+    assert [list(p) for p in pieces([7, 7], 3, lambda size: size)] == [[7, 7]]
+    rng = np.random.default_rng(0)
+    sizes = sorted(rng.integers(1, 100, 9).tolist())
+    least = min(
+        sum(len(p) * max(p) for p in (sizes[:a], sizes[a:b], sizes[b:]) if p)
+        for a in range(10)
+        for b in range(a, 10)
+    )
+    assert sum(len(p) * max(p) for p in pieces(sizes, 3, lambda size: size)) == least
 
 
 def test_overrides():

@@ -40,6 +40,19 @@ PROTOCOL = {
     "diffusion_guidance": 2.0,
     "diffusion_steps": 30,
 }
+DECODER = DecoderConfig(
+    vocab_size=0,  # set by `assemble`, as is the number of codes
+    dim=192,
+    layers=4,
+    heads=3,
+    kv_heads=3,
+    head_dim=64,
+    hidden=512,
+    rope_theta=10_000.0,
+    norm_eps=1e-6,
+    max_positions=512,
+    qk_norm=True,
+)
 
 
 def main(out: str = "runs/pathways") -> str:
@@ -122,28 +135,15 @@ def make_pieces(shared: Path) -> str:
     codebook = run("image_tokenizer", "../tokenizers/train_image.py", image_size=PIXELS)
     eyes = run("siglip", "siglip.py", text_tokenizer=words, vision=dataclasses.asdict(vision))
     drawn.add_codes(whole.encoder(codebook))
-    decoder = DecoderConfig(
-        vocab_size=0,  # set by `assemble`, as is the number of codes
-        dim=192,
-        layers=4,
-        heads=3,
-        kv_heads=3,
-        head_dim=64,
-        hidden=512,
-        rope_theta=10_000.0,
-        norm_eps=1e-6,
-        max_positions=512,
-        qk_norm=True,
-    )
     for pathway in ("decoupled", "shared"):
         sees = pathway == "decoupled"
         config = UnifiedConfig(
-            decoder=decoder,
+            decoder=DECODER,
             vision=vision if sees else None,
             connector="mlp",
             codebook_size=0,
             code_dim=8,
-            image_head_dim=decoder.dim,
+            image_head_dim=DECODER.dim,
             pathway=pathway,
         )
         weights = eyes / "vision.safetensors" if sees else None

@@ -44,6 +44,9 @@ def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
 
     guidance = float(model.sampling.get("guidance", 1.0))
     strongest = max(8.0, guidance)
+    decoders = ["codes"]
+    if model.folder is not None and (model.folder / "diffusion_text.json").exists():
+        decoders += ["diffusion", "both"]
     lossless: dict[str, Any] = dict(format="png", buttons=["download", "fullscreen"])
 
     @contextmanager
@@ -55,16 +58,23 @@ def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
 
     def draw(
-        prompt: str, n: float, guidance: float, temperature: float, seed: float
-    ) -> Iterator[list[Image.Image]]:
+        prompt: str, n: float, guidance: float, temperature: float, seed: float, decoder: str
+    ) -> Iterator[list[Any]]:
         with mistakes_shown():
+            if decoder not in decoders:
+                raise ValueError(f"Decoder is one of {', '.join(decoders)}")
             count = int(within("Pictures", n, 1, MOST))
             how: dict[str, Any] = dict(
                 guidance=within("Guidance", guidance, 1, strongest),
                 temperature=within("Temperature", temperature, 0, HOTTEST),
                 seed=int(within("Seed", seed, 0, MAX_SEED)),
             )
-            if count == 1:  # row by row, as it comes
+            if decoder != "codes":
+                used = decoders[:2] if decoder == "both" else [decoder]
+                drawn = [model.generate([prompt], count, **how, decoder=name) for name in used]
+                sets = zip(*drawn, strict=True)  # of one seed side by side
+                yield [(enlarged(p), f) for s in sets for p, f in zip(s, used, strict=True)]
+            elif count == 1:  # row by row, as it comes
                 for picture in model.generate_stream(prompt, model.processor.grid[1], **how):
                     yield [enlarged(picture)]
             else:
@@ -129,11 +139,14 @@ def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
                 strength = gr.Slider(1, strongest, value=guidance, step=0.25, label="Guidance")
                 heat = gr.Slider(0, HOTTEST, value=1.0, step=0.05, label="Temperature")
                 seed = gr.Number(0, precision=0, label="Seed")
+                decoder = gr.Radio(
+                    decoders, value="codes", label="Decoder", visible=len(decoders) > 1
+                )
             button = gr.Button("Draw", variant="primary")
             gallery = gr.Gallery(
                 label="Pictures", columns=4, fit_columns=False, height="auto", **lossless
             )
-            inputs = [prompt, n, strength, heat, seed]
+            inputs = [prompt, n, strength, heat, seed, decoder]
             gr.on([button.click, prompt.submit], draw, inputs, gallery, api_name="draw", **how_run)
         with gr.Tab("Ask"), gr.Row():
             seen = gr.Image(example, label="Picture", **given)

@@ -4,6 +4,7 @@ Which source gives the n-th sample follows from the weights alone (the source th
 behind its share), so a run that resumes, or runs on several ranks, sees the same stream.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +119,25 @@ def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Iterator[An
         stop.set()
 
 
-def pieces(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
-    """`items` cut into `count` runs whose lengths differ by at most one."""
-    edges = [round(i * len(items) / count) for i in range(count + 1)]
-    return [items[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
+def pieces(
+    items: Sequence[Any], count: int, size: Callable[[Any], int] | None = None
+) -> list[Sequence[Any]]:
+    """`items` cut into at most `count` runs: of equal length (to within one), or, with `size`, in
+    such places that padding each run to its largest item costs least (items in order of size).
+    """
+    if size is None:
+        edges = [round(i * len(items) / count) for i in range(count + 1)]
+        return [items[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    sizes = [size(item) for item in items]
+    # cheapest[b]: slots of the first b items, and where their last run begins; once a run more
+    cheapest = [(0.0 if b == 0 else math.inf, [0]) for b in range(len(items) + 1)]
+    for _ in range(count):
+        cheapest = [
+            min(
+                (cost + (b - a) * sizes[b - 1] if b > a else cost, [*edges, b] if b > a else edges)
+                for a, (cost, edges) in enumerate(cheapest[: b + 1])
+            )
+            for b in range(len(items) + 1)
+        ]
+    edges = cheapest[-1][1]
+    return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]

@@ -26,13 +26,16 @@ from unimm.data.scenes import (
     is_held_out,
     main_relation,
     open_questions,
+    parse,
     prompt,
     render,
     sample_scene,
+    satisfies,
     text_dialogue,
     to_array,
     yes_no_pairs,
 )
+from unimm.data.scenes.language import pick
 
 ASK_CAPTION = (
     "describe the picture",
@@ -48,12 +51,13 @@ class PictureStore:
     """Rendered scenes of the train split in a folder: pictures, scenes, edits and codes.
 
     pictures.npy uint8 (N, H, W, 3); scenes.npy float32 (N, …), see `scenes.to_array`;
-    codes.npy uint16 (N, codes), once `add_codes` has made it. Pictures 2 k and 2 k + 1 of a store
-    with `instructions.json` are before and after edit k.
+    codes.npy uint16 (N, codes), once `add_codes` has made it, here or at the path `codes`. Pictures
+    2 k and 2 k + 1 of a store with `instructions.json` are before and after edit k.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, codes: str | Path | None = None):
         folder = Path(folder)
+        self.codes_path = Path(codes or folder / "codes.npy")
         if not (folder / "done").exists():
             raise ValueError(f"{folder} is not a finished picture store")
         self.folder = folder
@@ -96,21 +100,20 @@ class PictureStore:
 
     def add_codes(self, encode: Callable[[np.ndarray], np.ndarray], batch: int = 256) -> None:
         """codes.npy from `encode`, uint8 (n, H, W, 3) -> codes (n, k); done once."""
-        target = self.folder / "codes.npy"
-        if target.exists():
+        if self.codes_path.exists():
             return
         parts = [
             encode(np.asarray(self.pictures[k : k + batch])).astype(np.uint16)
             for k in tqdm(range(0, len(self), batch), desc=f"encoding {self.folder.name}")
         ]
-        scratch = self.folder / "codes.part.npy"
+        scratch = self.codes_path.with_name("codes.part.npy")
         np.save(scratch, np.concatenate(parts))
-        os.replace(scratch, target)
+        os.replace(scratch, self.codes_path)
 
     @property
     def codes(self) -> np.ndarray:
         if self._codes is None:
-            self._codes = np.load(self.folder / "codes.npy")
+            self._codes = np.load(self.codes_path)
         return self._codes
 
     def __len__(self) -> int:
@@ -125,6 +128,16 @@ class PictureStore:
 
     def scene(self, k: int) -> Scene:
         return from_array(self.scenes[k])
+
+    def related(self) -> np.ndarray:
+        """Indices of the pictures of two different objects with a plain relation, int64 (n,)."""
+        found = []
+        for k in range(len(self)):
+            objects = self.scene(k).objects
+            looks = {(o.shape, o.color) for o in objects}
+            if len(objects) == len(looks) == 2 and main_relation(*objects) is not None:
+                found.append(k)
+        return np.asarray(found, dtype=np.int64)
 
     def image(self, k: int, codes: bool = True) -> dict[str, Any]:
         """Picture k as the content part of a message."""
@@ -147,15 +160,72 @@ def _talk(*messages: Message) -> dict[str, Any]:
     return {"messages": list(messages)}
 
 
-def scenes_pictures(run: Any, store: str) -> Made:
-    """Text -> picture."""
-    pictures = PictureStore(store)
+def scenes_pictures(
+    run: Any,
+    store: str,
+    related: bool = False,
+    rivals: bool = False,
+    world: str = "scenes",
+    codes: str = "",
+) -> Made:
+    """Text -> picture; `codes`: a file of codes in place of the store's own.
+
+    `related`: only pictures of two different objects with a plain relation, and prompts that name
+    both colours and mostly the relation: what drawing learns last. `rivals`: each with the same
+    picture behind a false prompt, as "false_messages" (see `training.contrast`).
+    """
+    pictures = PictureStore(store, codes or None)
+    chosen = pictures.related() if related else np.arange(len(pictures))
+
+    def say(scene: Scene, rng: np.random.Generator) -> str:
+        if not related:
+            return prompt(scene, rng)
+        told, background = (bool(rng.random() < share) for share in (0.75, 0.2))
+        return express(scene, rng, size=False, color=True, background=background, relation=told)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
-        k = int(rng.integers(len(pictures)))
-        return _talk(user(prompt(pictures.scene(k), rng)), assistant(pictures.image(k)))
+        k = int(chosen[rng.integers(len(chosen))])
+        scene, picture = pictures.scene(k), assistant(pictures.image(k))
+        key = int(rng.integers(2**32))  # true and false prompt are worded in the same way
+        talk = _talk(user(say(scene, np.random.default_rng(key))), picture)
+        if rivals:
+            other = say(falsified(scene, WORLDS[world], rng), np.random.default_rng(key))
+            spec = parse(other)
+            if spec is not None and not satisfies(scene, spec):
+                talk["false_messages"] = [user(other), picture]
+        return talk
 
-    return Made(make, (run.seed, 1))
+    return Made(make, (run.seed, 1, related))
+
+
+def falsified(scene: Scene, world: World, rng: np.random.Generator) -> Scene:
+    """The scene with two looks or colours exchanged, or one object of another look, more or less.
+
+    Only for what is said of it (objects may overlap); of the train split.
+    """
+    while True:
+        objects = list(scene.objects)
+        a, b = rng.integers(len(objects), size=2).tolist()
+        kind = pick(("places", "colors", "places", "colors", "shape", "color", "number"), rng)
+        if kind == "places":
+            one, other = objects[a], objects[b]
+            objects[a] = replace(one, shape=other.shape, color=other.color, size=other.size)
+            objects[b] = replace(other, shape=one.shape, color=one.color, size=one.size)
+        elif kind == "colors":
+            colors = objects[a].color, objects[b].color
+            objects[b] = replace(objects[b], color=colors[0])
+            objects[a] = replace(objects[a], color=colors[1])
+        elif kind == "shape":
+            objects[a] = replace(objects[a], shape=pick(world.shapes, rng))
+        elif kind == "color":
+            objects[a] = replace(objects[a], color=pick(tuple(world.colors), rng))
+        elif len(objects) > 1 and rng.random() < 0.5:
+            del objects[a]
+        elif len(objects) < world.max_objects:
+            objects.append(objects[a])
+        changed = replace(scene, objects=tuple(objects))
+        if changed != scene and is_held_out(changed) is None:
+            return changed
 
 
 def scenes_captions(run: Any, store: str) -> Made:
@@ -301,9 +371,17 @@ def sample_edit(
 
 
 def some_questions(scene: Scene, rng: np.random.Generator, most: int) -> list[tuple[str, str]]:
-    """One to `most` questions and answers about a scene, of yes/no and open form."""
-    pool = [(q.text, q.answer) for q in yes_no_pairs(scene, rng)]
-    pool = [pool[k] for k in rng.permutation(len(pool))[: len(pool) // 2]]
-    pool += [(q.text, q.answer) for q in open_questions(scene, rng)]
-    order = rng.permutation(len(pool))[: int(rng.integers(1, most + 1))]
-    return [pool[k] for k in order]
+    """One to `most` questions and answers about a scene, of yes/no and open form.
+
+    All types are equally likely: most questions that can be asked of a scene are counts and colours.
+    """
+    types: dict[tuple[str, bool], list[tuple[str, str]]] = {}
+    for q in yes_no_pairs(scene, rng) + open_questions(scene, rng):
+        types.setdefault((q.type, q.yes_no), []).append((q.text, q.answer))
+    pools, chosen = list(types.values()), []
+    for _ in range(int(rng.integers(1, most + 1))):
+        if pools:
+            pool = pools[int(rng.integers(len(pools)))]
+            chosen.append(pool.pop(int(rng.integers(len(pool)))))
+            pools = [pool for pool in pools if pool]
+    return chosen

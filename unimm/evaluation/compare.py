@@ -23,18 +23,21 @@ from torch import Tensor
 
 from unimm.config import Run, load_recipe
 from unimm.data.mixture import Mixture, pieces
-from unimm.data.processor import to_unit
+from unimm.data.processor import user
 from unimm.data.scenes import (
     SPLITS,
     TASKS,
     WORLDS,
     check,
+    describe,
     prompt,
     render,
     sample_scene,
     task_prompt,
 )
 from unimm.evaluation.scenes import Protocol, score_understanding
+from unimm.inference.engine import Request
+from unimm.inference.sampling import Settings
 from unimm.pipeline import UniMM
 from unimm.training.image_tokenizer import psnr
 from unimm.training.next_token import save_grid
@@ -189,7 +192,7 @@ def step_flops(parts: Parts, run: Run) -> int:
     parts.model.train()
 
     def step() -> None:
-        for part in pieces(items, run.accumulate):
+        for part in pieces(items, run.accumulate, parts.size):
             for _, loss, _ in run.step(parts.model, parts.collate(list(part)), 1.0, run):
                 loss.backward()
 
@@ -324,9 +327,9 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
     """Scores of a model folder on held-out Scenes; a diffusion decoder in it does the drawing.
 
     protocol: "world", "n" (pictures of each of two held-out splits), "seed", "guidance",
-    "diffusion_guidance" and "diffusion_steps". units_an_image: codes, or steps of the flow.
-    reconstruction_psnr: of held-out pictures through the image tokenizer, where it is drawn with.
-    latency_s: seconds for one picture alone, the least of three.
+    "diffusion_guidance" and "diffusion_steps". units_an_image: codes, or steps of the flow from
+    text. latency_s: seconds for one picture alone, the least of three. understanding: accuracy of
+    yes/no answers, of models that see. reconstruction_*: see `reconstruction`.
     """
     model, paint, units = painter(folder, protocol)
     right: dict[str, list[bool]] = {}
@@ -339,46 +342,68 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
             scene = sample_scene(WORLDS[protocol["world"]], rng, split=split, task=task)
             jobs.append((task, task_prompt(scene, task, rng)))
         pixels = paint([words for _, words in jobs], protocol["seed"] * 100_003)
-        levels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        for (task, words), picture in zip(jobs, levels, strict=True):
+        for (task, words), picture in zip(jobs, to_levels(pixels), strict=True):
             right.setdefault(task, []).append(check(picture, words, protocol["world"]))
     by_task = {f"generation_{task}": float(np.mean(right[task])) for task in TASKS if task in right}
-    asked = Protocol(n=protocol["n"], world=protocol["world"])
-    tallies = [score_understanding(model, asked, s, protocol["seed"]) for s in SPLITS[1:]]
-    seconds = []
-    for k in range(3):
-        begin = time.perf_counter()
-        paint(["a red circle"], k)
-        seconds.append(time.perf_counter() - begin)
-    return {
+    scores = {
         "units_an_image": units,
         "generation": float(np.mean(list(by_task.values()))),
         **by_task,
-        "understanding": float(np.mean([tally.rate("yes_no") for tally in tallies])),
-        **(
-            {}
-            if drawn_by_flow(folder)
-            else {"reconstruction_psnr": reconstruction(model, protocol)}
-        ),
-        "latency_s": min(seconds),
+        "latency_s": least_seconds(lambda: paint(["a red circle"], 0)),
     }
+    if model.model.vision is not None or model.model.config.pathway == "shared":
+        asked = Protocol(n=protocol["n"], world=protocol["world"])
+        tallies = [score_understanding(model, asked, s, protocol["seed"]) for s in SPLITS[1:]]
+        scores["understanding"] = float(np.mean([tally.rate("yes_no") for tally in tallies]))
+    by_flow = has_flow(folder, "text")
+    return scores if by_flow else {**scores, **reconstruction(folder, model, protocol)}
 
 
-def reconstruction(model: UniMM, protocol: dict[str, Any]) -> float:
-    """Mean PSNR of the image tokenizer on `n` held-out pictures, in decibels."""
-    tokenizer, world, made = model.processor.image_tokenizer, WORLDS[protocol["world"]], []
+def reconstruction(folder: Path, model: UniMM, protocol: dict[str, Any]) -> dict[str, float]:
+    """What becomes of `n` held-out pictures that are made codes and pictures again.
+
+    psnr: mean, in decibels. checked: the share in which the checker finds all that the complete
+    caption says. decode_s: seconds from codes to one picture, the least of three.
+    """
+    tokenizer, world = model.processor.image_tokenizer, WORLDS[protocol["world"]]
     assert tokenizer is not None
+    decode = code_decoder(folder, model, protocol)
+    made, captions = [], []
     for k in range(protocol["n"]):
         rng = np.random.default_rng((protocol["seed"], 992, k))
         scene = sample_scene(world, rng, split="pairs")
         made.append(model.processor.drawn_pixels(render(scene, world)))
+        captions.append(describe(scene))
     pixels = torch.stack(made)
-    drawn = tokenizer.decode(tokenizer.encode(pixels), model.processor.grid)
-    return float(psnr(drawn, pixels).mean())
+    codes = tokenizer.encode(pixels)
+    drawn = decode(codes, 0)
+    checked = [check(p, words, world) for p, words in zip(to_levels(drawn), captions, strict=True)]
+    return {
+        "reconstruction_psnr": float(psnr(drawn, pixels).mean()),
+        "reconstruction_checked": float(np.mean(checked)),
+        "decode_s": least_seconds(lambda: decode(codes[:1], 0)),
+    }
 
 
-def drawn_by_flow(folder: Path) -> bool:
-    return (folder / "diffusion_text.json").exists()
+def to_levels(pixels: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [-1, 1] -> uint8 (N, H, W, 3)."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).numpy()
+
+
+def least_seconds(call: Callable[[], Any]) -> float:
+    """Of three calls."""
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def has_flow(folder: Path, condition: str) -> bool:
+    """Whether the folder has a diffusion decoder of "text" or of "codes"."""
+    return (folder / f"diffusion_{condition}.json").exists()
 
 
 def scenes_samples(folder: Path, protocol: dict[str, Any]) -> Tensor:
@@ -394,11 +419,16 @@ def scenes_samples(folder: Path, protocol: dict[str, Any]) -> Tensor:
 def painter(folder: Path, protocol: dict[str, Any]) -> tuple[UniMM, Painter, int]:
     """The model, its way of drawing, and how many codes or steps that takes."""
     model = UniMM.from_pretrained(folder)
-    if not drawn_by_flow(folder):
+    if not has_flow(folder, "text"):
+        decode = code_decoder(folder, model, protocol)
 
         def by_codes(prompts: Sequence[str], seed: int) -> Tensor:
-            drawn = model.generate(list(prompts), guidance=protocol["guidance"], seed=seed)
-            return torch.stack([to_unit(np.asarray(picture)) for picture in drawn])
+            requests = [
+                Request(model.processor.encode([user(words)], "image"), "image", seed + k)
+                for k, words in enumerate(prompts)
+            ]
+            answers = model.engine.run(requests, Settings(protocol["guidance"]))
+            return decode(torch.tensor([answer.codes for answer in answers]), seed)
 
         return model, by_codes, model.processor.codes_per_image
     from unimm.inference.diffusion import UniMMDiffusionPipeline
@@ -411,3 +441,17 @@ def painter(folder: Path, protocol: dict[str, Any]) -> tuple[UniMM, Painter, int
         return pipeline(list(prompts), guidance=guidance, steps=steps, seed=seed)
 
     return model, by_diffusion, protocol["diffusion_steps"]
+
+
+def code_decoder(
+    folder: Path, model: UniMM, protocol: dict[str, Any]
+) -> Callable[[Tensor, int], Tensor]:
+    """(codes (N, K), seed) -> pixels (N, 3, H, W), by the diffusion de-tokenizer where there is
+    one in the folder, else by the image tokenizer's own decoder."""
+    if not has_flow(folder, "codes"):
+        return lambda codes, seed: model.processor.pixels(codes.tolist())
+    from unimm.inference.diffusion import UniMMDiffusionPipeline
+
+    pipeline = UniMMDiffusionPipeline.from_pretrained(folder, "codes")
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda codes, seed: pipeline.decode(codes, steps=protocol["diffusion_steps"], seed=seed)

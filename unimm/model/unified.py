@@ -105,7 +105,12 @@ class Output(NamedTuple):
     loss: Tensor
     auxiliary: dict[str, Tensor]  # further losses that designs may add (already in `loss`)
     nats: dict[str, tuple[float, float]]  # by kind: summed cross-entropy, number of scored slots
-    log_probs: Tensor  # (B,): each row's scored slots together, differentiable
+    row_nats: dict[str, Tensor]  # by kind: (B,), each row's summed cross-entropy, differentiable
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(B,): of each row's scored slots together, differentiable."""
+        return -torch.stack(list(self.row_nats.values())).sum(0)
 
 
 class UnifiedModel(nn.Module):
@@ -148,8 +153,8 @@ class UnifiedModel(nn.Module):
         hidden = self.decoder(self.embed(batch), batch.positions, mask)  # (B, T, D)
         target, kind, score = batch.ids[:, 1:], batch.kind[:, 1:], batch.score[:, 1:]
         loss = hidden.new_zeros((), dtype=torch.float32)
-        nats = {}
-        log_probs = hidden.new_zeros(len(target), dtype=torch.float32)
+        nats, row_nats = {}, {}
+        none = hidden.new_zeros(len(target), dtype=torch.float32)
         for name, k in KINDS.items():
             at = (kind == k) & (score > 0)
             logits = self.logits(hidden[:, :-1][at], k, full=True).float()  # (n, K)
@@ -158,8 +163,8 @@ class UnifiedModel(nn.Module):
             each = each * score[at]
             loss = loss + weights.get(name, 0.0) * each.sum()
             nats[name] = (float(each.detach().sum()), float(score[at].sum()))
-            log_probs = log_probs.index_add(0, at.nonzero()[:, 0], -each)
-        return Output(loss / max(total, 1e-8), {}, nats, log_probs)
+            row_nats[name] = none.index_add(0, at.nonzero()[:, 0], each)
+        return Output(loss / max(total, 1e-8), {}, nats, row_nats)
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, T, D): each slot by the way its kind enters. Only this function knows how."""

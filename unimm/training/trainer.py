@@ -90,7 +90,7 @@ def train(run: Run) -> Path:
         items = mixture.take(run.batch_size, rank, ranks)
         if parts.size:
             items.sort(key=parts.size)
-        return [parts.collate(list(part)) for part in pieces(items, run.accumulate)]
+        return [parts.collate(list(part)) for part in pieces(items, run.accumulate, parts.size)]
 
     count, make_losses = run.count or one, parts.step or run.step
     log = Log(out, run, start, shown=accelerator.is_main_process)
