@@ -107,9 +107,8 @@ def test_beta_zero_has_no_gradient_and_nonsense_is_refused():
 
 def log_probs(model, processor, rows):
     with torch.no_grad():
-        return model(
-            collate_pairs(processor, [encode_pair(processor, r) for r in rows]).rows
-        ).log_probs
+        pairs = collate_pairs(processor, [encode_pair(processor, row) for row in rows])
+        return model(pairs.rows).log_probs
 
 
 def test_log_probabilities_of_words_are_transformers(tiny):

@@ -373,7 +373,7 @@ def sample_edit(
 def some_questions(scene: Scene, rng: np.random.Generator, most: int) -> list[tuple[str, str]]:
     """One to `most` questions and answers about a scene, of yes/no and open form.
 
-    All types are equally likely: most questions that can be asked of a scene are counts and colours.
+    All types are equally likely; of a scene's own questions most are counts and colours.
     """
     types: dict[tuple[str, bool], list[tuple[str, str]]] = {}
     for q in yes_no_pairs(scene, rng) + open_questions(scene, rng):

@@ -2,8 +2,8 @@
 
 What a prompt says of places and of which colour goes with which shape is a few bits of a picture,
 beside the hundred of where things happen to be; its gradient drowns in theirs. Of the same codes
-under two prompts the common part cancels. The added term is that of maximum mutual information
-training (Bahl et al., ICASSP 1986) with one rival: -log sigmoid(log p(x | true) - log p(x | false)).
+under two prompts the common part cancels. The added term, with one rival, is that of maximum mutual
+information training (Bahl et al., ICASSP 1986): -log sigmoid(log p(x | true) - log p(x | false)).
 """
 
 from collections.abc import Iterator
