@@ -129,7 +129,7 @@ def test_the_source_gives_prompts_of_related_objects_and_rivals(tmp_path):
     place = {"store": str(tmp_path / "store"), "world": "scenes-mini"}
     for related in (False, True):
         source = scenes_pictures(run, **place, related=related, rivals=True)
-        found = 0
+        found = unrelated = 0
         for i in range(80):
             item = source[i]
             (k,) = [
@@ -143,13 +143,17 @@ def test_the_source_gives_prompts_of_related_objects_and_rivals(tmp_path):
             if related:
                 assert len(scene.objects) == 2 and main_relation(*scene.objects)
                 assert all(color for _, _, color, _ in said.groups)
+                if not said.relations:  # told from top to bottom
+                    top = min(scene.objects, key=lambda o: o.y)
+                    assert said.groups[0][2:] == (top.color, top.shape)
+                    unrelated += 1
             if "false_messages" in item:
                 found += 1
                 words = item["false_messages"][0]["content"][0]["text"]
                 other = parse(words)
                 assert other is not None and not satisfies(scene, other)
                 assert item["false_messages"][1] == item["messages"][1]
-        assert found > 60
+        assert found > 60 and (unrelated > 5 or not related)
     plain = scenes_pictures(run, **place)[0]
     assert "false_messages" not in plain
 

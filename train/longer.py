@@ -31,13 +31,18 @@ config = dataclasses.replace(
     step=contrast_step,
     count=contrast_weight,
     data={
-        "captions": Source(scenes_captions, weight=1.5, options=STORE),
-        "questions": Source(scenes_questions, weight=3.5, options={**STORE, "most": 8}),
+        "captions": Source(scenes_captions, weight=2, options=STORE),
+        "questions": Source(scenes_questions, weight=2.5, options={**STORE, "most": 8}),
+        "relations": Source(
+            scenes_questions,
+            weight=1,
+            options={**STORE, "most": 8, "related": True, "types": ("position",)},
+        ),
         "pictures": Source(scenes_pictures, weight=2.5, options={**STORE, "rivals": True}),
         "related": Source(
-            scenes_pictures, weight=2.5, options={**STORE, "related": True, "rivals": True}
+            scenes_pictures, weight=2, options={**STORE, "related": True, "rivals": True}
         ),
-        "edits": Source(scenes_edits, weight=1, options=EDITS),
+        "edits": Source(scenes_edits, weight=1.5, options=EDITS),
         "chats": Source(scenes_chats, weight=0.5, options=EDITS),
     },
     steps=2_000,

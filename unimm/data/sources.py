@@ -45,6 +45,8 @@ ASK_CAPTION = (
 )
 VALIDATION = 10**9  # sources give pictures that training never sees from this index on
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
+EXCHANGES = ("places", "colors", "colors")  # ways to say something false of a scene, as often
+FALSE = (*EXCHANGES, "places", "shape", "color", "number")
 
 
 class PictureStore:
@@ -170,18 +172,28 @@ def scenes_pictures(
 ) -> Made:
     """Text -> picture; `codes`: a file of codes in place of the store's own.
 
+    Objects are named from top to bottom, the order in which codes are drawn.
     `related`: only pictures of two different objects with a plain relation, and prompts that name
     both colours and mostly the relation: what drawing learns last. `rivals`: each with the same
-    picture behind a false prompt, as "false_messages" (see `training.contrast`).
+    picture behind a false prompt, as "false_messages" (see `training.contrast`); of `related` the
+    false one has the two objects, or their colours, exchanged.
     """
     pictures = PictureStore(store, codes or None)
     chosen = pictures.related() if related else np.arange(len(pictures))
 
     def say(scene: Scene, rng: np.random.Generator) -> str:
         if not related:
-            return prompt(scene, rng)
-        told, background = (bool(rng.random() < share) for share in (0.75, 0.2))
-        return express(scene, rng, size=False, color=True, background=background, relation=told)
+            return prompt(scene, rng, ordered=True)
+        told, background = (bool(rng.random() < share) for share in (0.7, 0.2))
+        return express(
+            scene,
+            rng,
+            size=False,
+            color=True,
+            background=background,
+            relation=told,
+            ordered=True,
+        )
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(chosen[rng.integers(len(chosen))])
@@ -189,7 +201,8 @@ def scenes_pictures(
         key = int(rng.integers(2**32))  # true and false prompt are worded in the same way
         talk = _talk(user(say(scene, np.random.default_rng(key))), picture)
         if rivals:
-            other = say(falsified(scene, WORLDS[world], rng), np.random.default_rng(key))
+            kinds = EXCHANGES if related else FALSE
+            other = say(falsified(scene, WORLDS[world], rng, kinds), np.random.default_rng(key))
             spec = parse(other)
             if spec is not None and not satisfies(scene, spec):
                 talk["false_messages"] = [user(other), picture]
@@ -198,15 +211,17 @@ def scenes_pictures(
     return Made(make, (run.seed, 1, related))
 
 
-def falsified(scene: Scene, world: World, rng: np.random.Generator) -> Scene:
-    """The scene with two looks or colours exchanged, or one object of another look, more or less.
+def falsified(
+    scene: Scene, world: World, rng: np.random.Generator, kinds: tuple[str, ...] = FALSE
+) -> Scene:
+    """The scene with two objects or colours exchanged, or one object of another look, more or less.
 
     Only for what is said of it (objects may overlap); of the train split.
     """
     while True:
         objects = list(scene.objects)
         a, b = rng.integers(len(objects), size=2).tolist()
-        kind = pick(("places", "colors", "places", "colors", "shape", "color", "number"), rng)
+        kind = pick(kinds, rng)
         if kind == "places":
             one, other = objects[a], objects[b]
             objects[a] = replace(one, shape=other.shape, color=other.color, size=other.size)
@@ -241,21 +256,28 @@ def scenes_captions(run: Any, store: str) -> Made:
     return Made(make, (run.seed, 2))
 
 
-def scenes_questions(run: Any, store: str, most: int = 4) -> Made:
-    """Picture and question -> answer; up to `most` turns about one picture."""
+def scenes_questions(
+    run: Any, store: str, most: int = 4, related: bool = False, types: tuple[str, ...] = ()
+) -> Made:
+    """Picture and question -> answer; up to `most` turns about one picture.
+
+    `related`: only pictures of two objects with a plain relation. `types`: only such questions
+    (of QUESTION_TYPES), where a picture has any.
+    """
     pictures = PictureStore(store)
+    chosen = pictures.related() if related else np.arange(len(pictures))
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
-        k = int(rng.integers(len(pictures)))
+        k = int(chosen[rng.integers(len(chosen))])
         scene, image = pictures.scene(k), pictures.image(k, codes=False)
-        turns = some_questions(scene, rng, most)
+        turns = some_questions(scene, rng, most, types)
         messages = []
         for n, (question, answer) in enumerate(turns):
             content = (image, question) if n == 0 else (question,)
             messages += [user(*content), assistant(answer)]
         return _talk(*messages)
 
-    return Made(make, (run.seed, 3))
+    return Made(make, (run.seed, 3, related))
 
 
 def scenes_text(run: Any, world: str = "scenes") -> Made:
@@ -302,7 +324,7 @@ def scenes_chats(run: Any, store: str) -> Made:
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(rng.integers(len(pictures.instructions)))
         scene = pictures.scene(2 * k)
-        messages = [user(prompt(scene, rng)), assistant(pictures.image(2 * k))]
+        messages = [user(prompt(scene, rng, ordered=True)), assistant(pictures.image(2 * k))]
         if rng.random() < 0.3:
             ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
             messages += [user(ask), assistant(describe(scene))]
@@ -370,15 +392,18 @@ def sample_edit(
             continue
 
 
-def some_questions(scene: Scene, rng: np.random.Generator, most: int) -> list[tuple[str, str]]:
+def some_questions(
+    scene: Scene, rng: np.random.Generator, most: int, types: tuple[str, ...] = ()
+) -> list[tuple[str, str]]:
     """One to `most` questions and answers about a scene, of yes/no and open form.
 
-    All types are equally likely; of a scene's own questions most are counts and colours.
+    All types (or `types` alone) are equally likely; of a scene's own most are counts and colours.
     """
-    types: dict[tuple[str, bool], list[tuple[str, str]]] = {}
+    by_type: dict[tuple[str, bool], list[tuple[str, str]]] = {}
     for q in yes_no_pairs(scene, rng) + open_questions(scene, rng):
-        types.setdefault((q.type, q.yes_no), []).append((q.text, q.answer))
-    pools, chosen = list(types.values()), []
+        by_type.setdefault((q.type, q.yes_no), []).append((q.text, q.answer))
+    wanted = [pool for (name, _), pool in by_type.items() if name in types]
+    pools, chosen = wanted or list(by_type.values()), []
     for _ in range(int(rng.integers(1, most + 1))):
         if pools:
             pool = pools[int(rng.integers(len(pools)))]

@@ -69,8 +69,8 @@ def describe(scene: Scene) -> str:
     return f"{body} on a {scene.background} background"
 
 
-def prompt(scene: Scene, rng: np.random.Generator) -> str:
-    """One of many ways to ask for this scene.
+def prompt(scene: Scene, rng: np.random.Generator, ordered: bool = False) -> str:
+    """One of many ways to ask for this scene, see `express`.
 
     Names every object; may leave out sizes, background and colours, may state a true relation.
     """
@@ -82,6 +82,7 @@ def prompt(scene: Scene, rng: np.random.Generator) -> str:
         color=color,
         background=bool(rng.random() < 0.4),
         relation=bool(rng.random() < 0.6),
+        ordered=ordered,
     )
 
 
@@ -128,10 +129,12 @@ def express(
     background: bool,
     relation: bool,
     opening: bool = True,
+    ordered: bool = False,
 ) -> str:
     """A random phrasing that says exactly the attributes asked for (a relation where one is clear).
 
-    `opening`: whether it may begin with "draw ", "a picture of " and the like.
+    `opening`: whether it may begin with "draw ", "a picture of " and the like. `ordered`: objects
+    without a relation are named from top to bottom, as a picture is drawn; else in any order.
     """
     key = _key(size, color)
     related = _related(scene) if relation else None
@@ -147,8 +150,9 @@ def express(
         verb = " is" if frame == "{}" and rng.random() < 0.25 else ""
         body = f"{first}{verb} {words} {second}"
     else:
-        groups = grouped(scene.objects, key)
-        groups = [groups[i] for i in rng.permutation(len(groups))]
+        groups = grouped(scene.objects, key, lambda o: o.y)
+        shuffled = [groups[i] for i in rng.permutation(len(groups))]
+        groups = groups if ordered else shuffled
         count = groups[0][0]
         body = _joined([phrase(g, digits=digits) for g in groups], rng)
     if background:
@@ -185,10 +189,14 @@ def enumerate_words(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def grouped(objects: tuple[Object, ...], key: Callable[[Object], tuple]) -> list[Group]:
-    """Objects of equal `key` (size, colour, shape) as groups, by their leftmost member."""
+def grouped(
+    objects: tuple[Object, ...],
+    key: Callable[[Object], tuple],
+    by: Callable[[Object], float] = lambda o: o.x,
+) -> list[Group]:
+    """Objects of equal `key` (size, colour, shape) as groups, by their first (leftmost) member."""
     counts: dict[tuple, int] = {}
-    for o in sorted(objects, key=lambda o: o.x):
+    for o in sorted(objects, key=by):
         counts[key(o)] = counts.get(key(o), 0) + 1
     return [(n, *k) for k, n in counts.items()]
 
