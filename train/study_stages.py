@@ -1,6 +1,6 @@
 """In how many stages? Three (Janus), one with everything trainable (Molmo), or a frozen decoder.
 
-unimm compare train/study_stages.py -o runs/stages   # 3 seeds of each, 32 px, on 2 cores
+unimm train train/study_stages.py out=runs/stages        # 3 seeds of each, 32 px, on 2 cores
 
 All begin with one SigLIP encoder and one decoder that knows text alone, see the same mixture in
 the stage that is longest, and have one budget of training FLOPs.

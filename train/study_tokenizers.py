@@ -1,6 +1,6 @@
 """Image tokenizers by what they rebuild and by what a decoder then draws with their codes.
 
-unimm compare train/study_tokenizers.py -o runs/tokenizers   # 3 seeds of each, 32 px
+unimm train train/study_tokenizers.py out=runs/tokenizers        # 3 seeds of each, 32 px
 
 VQ, FSQ and SimVQ with (nearly) the same number of codes, and VQ behind a diffusion de-tokenizer,
 on one budget of training FLOPs that tokenizer and decoder share. The decoder only draws.
