@@ -55,6 +55,8 @@ def convert(source: str | Path, target: str | Path, to: str, dtype: str = "auto"
     """
     if to not in WRITERS:
         raise ValueError(f"--to is one of {', '.join(WRITERS)}, not {to!r}")
+    if dtype == "int8":
+        raise ValueError("int8 is for running a model, not for saving it: convert in another dtype")
     target = Path(target)
     if target.exists():
         raise ValueError(f"{target} is there already: name a new folder")

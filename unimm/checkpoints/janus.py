@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unimm.checkpoints.llama import decoder_config
-from unimm.checkpoints.shards import Places, names, read_json, weight_files
+from unimm.checkpoints.shards import Places, names, optional_json, read_json, weight_files
 from unimm.data.processor import Processor, Template, load_tokenizer
 from unimm.model.image_tokenizer import VQConfig, VQTokenizer
 from unimm.model.unified import UnifiedConfig
@@ -284,7 +284,7 @@ def is_tied(folder: Path, data: dict[str, Any]) -> bool:
         files = weight_files(folder)
     except ValueError:
         return bool(data.get("tie_word_embeddings", True))
-    return not any("lm_head.weight" in names(path) for path in files)
+    return not any(name.endswith("lm_head.weight") for path in files for name in names(path))
 
 
 def _part(data: dict[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -313,8 +313,8 @@ def make_processor(
     assert config.vision is not None
     path = folder / "tokenizer.json"
     tokenizer = load_tokenizer(path)
-    named = _optional(folder / "tokenizer_config.json")
-    settings = _optional(folder / "processor_config.json")
+    named = optional_json(folder / "tokenizer_config.json")
+    settings = optional_json(folder / "processor_config.json")
     if deepseek:  # its code names the pad token, whatever the tokenizer calls so
         settings = {"pad_tag": TOKENS["pad_token"], **settings}
     ids = {name: _special(tokenizer, name, named, settings, path) for name in TOKENS}
@@ -332,7 +332,7 @@ def make_processor(
         answer_start=" ",
         beside_image="\n",
     )
-    pictures = settings.get("image_processor") or _optional(folder / "preprocessor_config.json")
+    pictures = settings.get("image_processor") or optional_json(folder / "preprocessor_config.json")
     seen, patch = config.vision.image_size, config.vision.patch_size
     return Processor(
         tokenizer,
@@ -367,11 +367,7 @@ def own_processor(
 
 def guidance(folder: Path) -> float:
     """The guidance that generation_config.json asks for; 5 where it is silent."""
-    return float(_optional(folder / "generation_config.json").get("guidance_scale") or 5.0)
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return float(optional_json(folder / "generation_config.json").get("guidance_scale") or 5.0)
 
 
 def _special(

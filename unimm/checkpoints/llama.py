@@ -14,10 +14,23 @@ LLAMA = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
 }
+EMU3 = {  # as LLAMA, of transformers' Emu3TextConfig
+    "vocab_size": 184622,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 9216,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {"llama": LLAMA, "emu3_text_model": EMU3}
 OPTIONS: dict[str, dict[str, Any]] = {  # what a model_type adds to Llama
     "llama": {},
     "qwen2": {"attention_bias": True, "output_bias": False},
     "qwen3": {"qk_norm": True},
+    "emu3_text_model": {},
 }
 
 
@@ -34,7 +47,7 @@ def decoder_config(data: dict[str, Any], where: str) -> DecoderConfig:
         raise ValueError(f"{where}: the activation {data['hidden_act']!r} is not silu")
     if data.get("use_sliding_window"):
         raise ValueError(f"{where}: attention in a sliding window is not supported")
-    c = {**(LLAMA if kind == "llama" else {}), **data}
+    c = {**DEFAULTS.get(kind, {}), **data}
     try:
         heads, dim = c["num_attention_heads"], c["hidden_size"]
         theta, scaling = rope(c)

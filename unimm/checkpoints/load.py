@@ -8,14 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from unimm.checkpoints import janus, native
-from unimm.checkpoints.shards import Places, fill, read_json, stored_dtype, weight_files
+from unimm.checkpoints import emu3, janus, native
+from unimm.checkpoints.shards import Places, fill, read_json, weight_files
 from unimm.data.processor import Processor
-from unimm.model.image_tokenizer import ImageTokenizer, VQConfig, VQTokenizer
+from unimm.model.image_tokenizer import (
+    Emu3Tokenizer,
+    Emu3VQConfig,
+    ImageTokenizer,
+    VQConfig,
+    VQTokenizer,
+)
 from unimm.model.unified import UnifiedConfig, UnifiedModel
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-FORMATS = {"janus": "Hugging Face Janus", "multi_modality": "DeepSeek Janus"}
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+FORMATS = {
+    "janus": "Hugging Face Janus",
+    "multi_modality": "DeepSeek Janus",
+    "emu3": "Hugging Face Emu3",
+    "Emu3": "BAAI Emu3",
+}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 Loaded = tuple[UnifiedModel, Processor, dict[str, Any]]
 
@@ -39,14 +50,16 @@ def load_model(
 ) -> Loaded:
     """Model, processor and sampling defaults of a folder or a Hub id (`name/model[@revision]`).
 
-    dtype: of the model's weights; "auto" is what is stored. The image tokenizer stays float32.
+    dtype: of the model's weights; "auto" is what is stored, "int8" that with the decoder's linear
+    layers in int8 (unimm.model.int8). The image tokenizer stays float32.
     Raises ValueError or OSError, in one line that names the file, for what cannot be loaded.
     """
     kind = None if dtype == "auto" else check_dtype(dtype)
     folder = locate(source)
-    if recognise(folder) == native.FORMAT:
-        return native.load_model(folder, kind, device)
-    return load_janus(folder, kind, device)
+    found = recognise(folder)
+    load = native.load_model if found == native.FORMAT else load_janus
+    load = load_emu3 if found in ("emu3", "Emu3") else load
+    return load(folder, kind, device)
 
 
 def load_janus(
@@ -75,10 +88,47 @@ def load_janus(
         return found
 
     parts: dict[str, nn.Module] = {"": model, "image_tokenizer": image_tokenizer}
-    kept = stored_dtype(files) if dtype is None else dtype
-    fill(parts, files, placed, {"": kept, "image_tokenizer": torch.float32}, device)
+    fill(parts, files, placed, {"": dtype, "image_tokenizer": torch.float32}, device)
     image_tokenizer.eval()
     return model.eval(), processor, sampling
+
+
+def load_emu3(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> Loaded:
+    """An Emu3 folder in either layout."""
+    config, codes, original = emu3_configs(folder)
+    files = weight_files(folder)
+    files += weight_files(emu3.vision_folder(folder)) if original else []
+    model, image_tokenizer = on_meta(config, codes, folder)
+    processor = emu3.make_processor(folder, config, image_tokenizer, original)
+    place = emu3.from_original if original else emu3.from_hugging_face
+
+    def placed(name: str, tensor: torch.Tensor) -> Places:
+        found = place(name, tensor)
+        if config.decoder.tied_embeddings:
+            found.pop("text_head.weight", None)
+        return found
+
+    parts: dict[str, nn.Module] = {"": model, "image_tokenizer": image_tokenizer}
+    fill(parts, files, placed, {"": dtype, "image_tokenizer": torch.float32}, device)
+    image_tokenizer.eval()
+    return model.eval(), processor, emu3.sampling(folder)
+
+
+def emu3_configs(folder: Path) -> tuple[UnifiedConfig, Emu3VQConfig, bool]:
+    """Ours of an Emu3 folder, and whether it is in BAAI's layout."""
+    path = folder / "config.json"
+    data = read_json(path)
+    original = data["model_type"] == "Emu3"
+    try:
+        head = not janus.is_tied(folder, {"tie_word_embeddings": False, **data})
+        if original:
+            vision = emu3.vision_folder(folder)
+            return *emu3.original_configs(data, str(path), head, vision), True
+        return *emu3.configs(data, str(path), head, emu3.picture_settings(folder)), False
+    except (AttributeError, KeyError, TypeError) as error:  # values of a strange kind
+        raise ValueError(f"{path} describes no Emu3 model: {error!r}") from None
 
 
 def janus_configs(folder: Path) -> tuple[UnifiedConfig, VQConfig, dict[str, Any]]:
@@ -98,11 +148,14 @@ def janus_configs(folder: Path) -> tuple[UnifiedConfig, VQConfig, dict[str, Any]
         raise ValueError(f"{path} describes no Janus model: {error!r}") from None
 
 
-def on_meta(config: UnifiedConfig, codes: VQConfig, folder: Path) -> tuple[UnifiedModel, Any]:
+def on_meta(
+    config: UnifiedConfig, codes: VQConfig | Emu3VQConfig, folder: Path
+) -> tuple[UnifiedModel, Any]:
     """Model and image tokenizer without memory for their weights."""
     try:
         with torch.device("meta"):
-            return UnifiedModel(config), VQTokenizer(codes)
+            made = VQTokenizer(codes) if isinstance(codes, VQConfig) else Emu3Tokenizer(codes)
+            return UnifiedModel(config), made
     except Exception as error:  # whatever a strange configuration can lead to
         raise ValueError(f"{folder / 'config.json'} describes no model: {error!r}") from None
 
@@ -117,6 +170,11 @@ def describe_model(source: str | Path) -> Description:
         p = data["processor"]
         sizes = (p["seen_size"], p["seen_tokens"], p["drawn_size"])
         return Description(folder, "native", model, codes, *sizes, license_of(folder))
+    if kind in ("emu3", "Emu3"):
+        config, network, _ = emu3_configs(folder)
+        model, codes = on_meta(config, network, folder)
+        size = network.image_size
+        return Description(folder, FORMATS[kind], model, codes, size, 0, size, license_of(folder))
     config, made, _ = janus_configs(folder)
     model, codes = on_meta(config, made, folder)
     assert config.vision is not None
@@ -162,7 +220,8 @@ def locate(source: str | Path, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = str(source).partition("@")
-    wanted = ["*.json", "*.jinja", "README.md", *(["*.safetensors", "*.bin"] if weights else [])]
+    wanted = ["*.json", "*.jinja", "*.tiktoken", "*.txt", "README.md"]
+    wanted += ["*.safetensors", "*.bin"] if weights else []
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # offline, absent, gated, no network: each has its own class

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from unimm.checkpoints.shards import fill, read_json, stored_dtype
+from unimm.checkpoints.shards import fill, read_json
+from unimm.data.emu3 import Emu3Processor
 from unimm.data.processor import Processor, Template, load_tokenizer
 from unimm.model.image_tokenizer import IMAGE_TOKENIZERS, ImageTokenizer
+from unimm.model.int8 import is_quantized
 from unimm.model.unified import UnifiedConfig, UnifiedModel
 
 FORMAT = "unimm-1"
+PROCESSORS: dict[str, type[Processor]] = {"native": Processor, "emu3": Emu3Processor}
 BUNDLED = Path(__file__).parents[1] / "assets" / "scenes"
 
 
@@ -30,7 +33,12 @@ def save_model(
     sampling: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model folder; each file appears whole. `dtype`: of the stored weights."""
+    """Write a model folder; each file appears whole. `dtype`: of the stored weights.
+
+    Raises ValueError for a model in int8: what is saved can be loaded in int8.
+    """
+    if is_quantized(model):
+        raise ValueError("weights in int8 are not saved: load the model in another dtype to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state, seen = {}, set()
@@ -59,7 +67,7 @@ def load_model(
 ) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
     """Model, processor and sampling defaults of a native folder.
 
-    dtype: of the model's weights, None as stored; the image tokenizer is float32.
+    dtype: of the weights, None as stored, int8 as in `fill`; the image tokenizer is float32.
     Raises ValueError, in one line, for a folder that is missing, incomplete or damaged.
     """
     folder = Path(folder)
@@ -73,7 +81,8 @@ def load_model(
     try:
         settings = dict(config["processor"])
         template = Template(**settings.pop("template"))
-        processor = Processor(tokenizer, image_tokenizer, template, **settings)
+        made = PROCESSORS[settings.pop("kind", "native")]
+        processor = made(tokenizer, image_tokenizer, template, **settings)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} describes no processor: {error!r}") from None
     return model.eval(), processor, config.get("sampling", {})
@@ -125,12 +134,11 @@ def load_weights(
 ) -> None:
     """Put the tensors of a safetensors file in place of `model`'s own, as `dtype`.
 
-    dtype None: as stored. Raises ValueError, naming the file, for what is missing or misshapen.
+    dtype: as `fill` has it. Raises ValueError, naming the file, for what is missing or misshapen.
     """
     if not path.exists():
         raise ValueError(f"{path} is missing: the model folder is incomplete")
-    kept = stored_dtype([path]) if dtype is None else dtype
-    fill({"": model}, [path], lambda name, tensor: {name: tensor}, {"": kept}, device)
+    fill({"": model}, [path], lambda name, tensor: {name: tensor}, {"": dtype}, device)
 
 
 def _write(path: Path, write: Any) -> None:

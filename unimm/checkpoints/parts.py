@@ -3,24 +3,37 @@
     begin("runs/begun", decoder="Qwen/Qwen3-0.6B", vision="google/siglip-large-patch16-384",
           image_tokenizer="vq_ds16_t2i.pt")
 
-The adaptors and the image head are new and random; stage 1 trains them.
+or, in a recipe, `init=Begin(decoder=..., vision=..., image_tokenizer=...)`. The adaptors and the
+image head are new and random; stage 1 trains them.
 """
 
-from dataclasses import replace
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unimm.checkpoints import janus
+from unimm.checkpoints import emu3, janus
 from unimm.checkpoints.llama import decoder_config
-from unimm.checkpoints.load import janus_configs, locate, on_meta
+from unimm.checkpoints.load import Loaded, janus_configs, locate, on_meta
 from unimm.checkpoints.native import save_model
-from unimm.checkpoints.shards import Places, fill, names, read, read_json, weight_files
+from unimm.checkpoints.shards import (
+    Places,
+    fill,
+    names,
+    optional_json,
+    read,
+    read_json,
+    weight_files,
+)
+from unimm.config import Begin, Run
 from unimm.data.processor import Processor, Template, load_tokenizer
 from unimm.model.decoder import Decoder, DecoderConfig
-from unimm.model.image_tokenizer import ImageTokenizer, VQConfig, VQTokenizer
+from unimm.model.image_tokenizer import Emu3Tokenizer, ImageTokenizer, VQConfig, VQTokenizer
 from unimm.model.unified import UnifiedConfig, UnifiedModel
 from unimm.model.vision import VisionConfig, VisionEncoder
 
@@ -44,16 +57,57 @@ def begin(
     """Write a native model folder around the parts; returns it.
 
     decoder: a folder or Hub id of the Llama family, with its tokenizer.json. vision: one of SigLIP;
-    None makes a model that sees codes. image_tokenizer: a folder of unimm or of Janus, or a file in
-    LlamaGen's layout. drawn_size: pixels of a drawn picture, by default the tokenizer's own.
+    None makes a model that sees codes. image_tokenizer: a folder of unimm, Janus or Emu3, or a file
+    in LlamaGen's layout. drawn_size: pixels of a drawn picture, by default the tokenizer's own.
     """
-    source = locate(decoder)
+    parts = Begin(str(decoder), str(image_tokenizer), str(vision or ""), drawn_size or 0, seed=seed)
+    model, processor, _ = assemble_parts(parts, dtype)
+    save_model(out, model, processor, sampling)
+    return Path(out)
+
+
+def begun(run: Run) -> Run:
+    """`run` from a folder: its parts, where it names some, are put together once as OUT/begun.
+
+    Ranks that do so at a time make the same, and one of them is kept. Raises ValueError where
+    OUT/begun was made of other parts.
+    """
+    if not isinstance(run.init, Begin):
+        return run
+    folder, parts = Path(run.out) / "begun", asdict(run.init)
+    if not folder.exists():
+        model, processor, sampling = assemble_parts(run.init, torch.float32)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".begun-"))
+        try:
+            save_model(scratch, model, processor, sampling)
+            (scratch / "parts.json").write_text(json.dumps(parts, indent=1))
+            scratch.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
+            scratch.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another rank was first
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if optional_json(folder / "parts.json") != parts:
+        raise ValueError(f"{folder} was made of other parts: name another folder with out=")
+    return replace(run, init=str(folder))
+
+
+def assemble_parts(parts: Begin, dtype: torch.dtype | None) -> Loaded:
+    """The model that `parts` makes; dtype None is the decoder's own.
+
+    Its seven special tokens are new words behind the decoder's, with rows of their own.
+    Raises ValueError, naming the file, for a part that cannot be read or does not fit.
+    """
+    source = locate(parts.decoder)
     words = load_tokenizer(source / "tokenizer.json")
-    template = Template.after(words.get_vocab_size())
-    torch.manual_seed(seed)
+    template = Template.after(1 + max(words.get_vocab().values()))
+    torch.manual_seed(parts.seed)
     config, state = load_decoder(source, template.bos, template.end_image + 1, dtype)
-    eyes = None if vision is None else load_vision(locate(vision), dtype)
-    codes = load_image_tokenizer(image_tokenizer)
+    kept = state["decoder.norm.weight"].dtype
+    eyes = load_vision(locate(parts.vision), kept) if parts.vision else None
+    codes = load_image_tokenizer(parts.image_tokenizer)
     whole = UnifiedConfig(
         decoder=config,
         vision=eyes.config if eyes is not None else None,
@@ -72,13 +126,15 @@ def begin(
         if part is not None:
             renew(part)
     with torch.no_grad():
-        model.code_embed.weight.copy_(codes.code_vectors() * whole.code_dim**0.5)
-    size = drawn_size or codes.config.image_size
-    seen = eyes.config.image_size if eyes is not None else size
+        rows = codes.code_vectors().float()
+        size = rows.square().mean().sqrt()  # entries of size one, whatever the codebook's scale
+        model.code_embed.weight.copy_(rows / size)
+    drawn = parts.drawn_size or codes.config.image_size
+    codes.grid(drawn, drawn)
+    seen = eyes.config.image_size if eyes is not None else drawn
     patches = eyes.tokens(seen, seen) if eyes is not None else 0
-    processor = Processor(words, codes, template, seen, patches, size, config.max_positions)
-    save_model(out, model.to(dtype), processor, sampling)
-    return Path(out)
+    processor = Processor(words, codes, template, seen, patches, drawn, config.max_positions)
+    return model.to(kept).eval(), processor, {"guidance": parts.guidance}
 
 
 def renew(part: nn.Module) -> None:
@@ -90,7 +146,7 @@ def renew(part: nn.Module) -> None:
 
 
 def load_decoder(
-    folder: Path, words: int, rows: int, dtype: torch.dtype
+    folder: Path, words: int, rows: int, dtype: torch.dtype | None
 ) -> tuple[DecoderConfig, dict[str, Tensor]]:
     """Configuration and state of a decoder whose table gets `rows` rows.
 
@@ -123,7 +179,7 @@ def load_decoder(
     for name in ("decoder.embed_tokens.weight", "text_head.weight"):
         if name in state:
             old = state[name][:words]
-            new = old.float().mean(0).to(dtype).expand(rows - words, -1)
+            new = old.float().mean(0).to(old.dtype).expand(rows - words, -1)
             state[name] = torch.cat([old, new])
     return replace(config, vocab_size=rows), state
 
@@ -131,8 +187,14 @@ def load_decoder(
 def load_vision(folder: Path, dtype: torch.dtype) -> VisionEncoder:
     """The encoder of a SigLIP folder: vision alone, or the pair whose text half is left out."""
     data = read_json(folder / "config.json")
-    if data.get("model_type") not in ("siglip", "siglip_vision_model"):
-        raise ValueError(f"{folder / 'config.json'}: {data.get('model_type')!r} is no SigLIP")
+    kind = data.get("model_type")
+    if kind == "siglip2":
+        raise ValueError(
+            f"{folder / 'config.json'}: this SigLIP2 sees pictures of any size (NaFlex); take one "
+            "of a fixed resolution, such as google/siglip2-base-patch16-256"
+        )
+    if kind not in ("siglip", "siglip_vision_model"):
+        raise ValueError(f"{folder / 'config.json'}: {kind!r} is no SigLIP")
     c = {**SIGLIP, **data.get("vision_config", data)}
     config = VisionConfig(
         dim=c["hidden_size"],
@@ -157,12 +219,21 @@ def load_vision(folder: Path, dtype: torch.dtype) -> VisionEncoder:
 
 
 def load_image_tokenizer(source: str | Path) -> ImageTokenizer:
-    """From a folder of unimm's, a Janus in either layout, or a file in LlamaGen's layout."""
+    """From a folder of unimm's, of a Janus or an Emu3 in either layout, or a file of LlamaGen's."""
     path = locate(source)
     if path.is_file():
         return load_llamagen(path)
     if (path / "image_tokenizer.json").exists():
         return ImageTokenizer.load(path)
+    kind = read_json(path / "config.json").get("model_type")
+    if kind in ("emu3", "Emu3", "Emu3VisionVQ"):
+        path = emu3.vision_folder(path) if kind == "Emu3" else path
+        with torch.device("meta"):
+            network = Emu3Tokenizer(emu3.network_config(path))
+        own = emu3.from_hugging_face if kind == "emu3" else emu3.from_original
+        return filled(network, weight_files(path), own)
+    if kind not in ("janus", "multi_modality"):
+        raise ValueError(f"{path / 'config.json'}: {kind!r} has no image tokenizer that is known")
     config, made, data = janus_configs(path)
     _, tokenizer = on_meta(config, made, path)
     deepseek = data["model_type"] == "multi_modality"
@@ -205,7 +276,7 @@ def llamagen_config(shapes: dict[str, tuple[int, ...]], grid: int = 16) -> VQCon
     )
 
 
-def filled(tokenizer: VQTokenizer, files: list[Path], place: Any) -> VQTokenizer:
+def filled(tokenizer: Any, files: list[Path], place: Any) -> Any:
     """The image tokenizer with its part of the files' tensors, in float32."""
 
     def own(name: str, tensor: Tensor) -> Places:

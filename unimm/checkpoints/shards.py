@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from unimm.model.int8 import quantize, quantize_decoder
+
 MAPPED = 32 << 20  # bytes of a file that are mapped at once
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -64,24 +66,37 @@ def fill(
     models: dict[str, nn.Module],
     files: Iterable[Path],
     place: Callable[[str, Tensor], Places],
-    dtypes: dict[str, torch.dtype],
+    dtypes: dict[str, torch.dtype | None],
     device: torch.device | str = "cpu",
 ) -> None:
     """Give models built on "meta" their weights, each tensor straight in its final dtype.
 
     models and dtypes: by the first part of a name ("" is the rest); `place` turns one stored tensor
-    into named ones. Raises ValueError, naming the file, for what is missing, strange or misshapen.
+    into named ones. dtype None is that of the files; int8 is that of the decoder's linear layers
+    (unimm.model.int8), and the rest is as in the files. Whole numbers and scales stay as they are.
+    Raises ValueError, naming the file, for what is missing, strange or misshapen.
     """
+    files = list(files)
+    kept = {prefix: dtype for prefix, dtype in dtypes.items() if dtype not in (None, torch.int8)}
+    if len(kept) < len(dtypes):
+        kept = {**dict.fromkeys(dtypes, stored_dtype(files)), **kept}
+    for prefix, dtype in dtypes.items():
+        if dtype is torch.int8:
+            quantize_decoder(models[prefix])
     expected = {
         f"{prefix}.{name}" if prefix else name: tensor.shape
         for prefix, model in models.items()
         for name, tensor in model.state_dict().items()
     }
+    whole = {name for name in expected if f"{name[:-6]}scale" in expected}  # int8 weights
     states: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in models}
     path = None
     for path in files:
         for stored, tensor in read(path):
-            for name, value in _placed(path, stored, tensor, place).items():
+            placed = _placed(path, stored, tensor, place)
+            for name in whole & placed.keys():
+                placed[name], placed[f"{name[:-6]}scale"] = quantize(placed[name])
+            for name, value in placed.items():
                 if name not in expected:
                     raise ValueError(f"{path}: the model has no place for the tensor {stored}")
                 if value.shape != expected[name]:
@@ -91,8 +106,9 @@ def fill(
                 prefix, inner = (
                     (prefix, name[len(prefix) + 1 :]) if prefix in models else ("", name)
                 )
-                kept = value.detach().to(device, dtypes[prefix], copy=True)
-                states[prefix][inner] = kept.contiguous()
+                cast = value.is_floating_point() and not inner.endswith(".scale")
+                dtype = kept[prefix] if cast else value.dtype
+                states[prefix][inner] = value.detach().to(device, dtype, copy=True).contiguous()
             del tensor
     for prefix, model in models.items():
         _assign(model, states[prefix], prefix, path)
@@ -109,6 +125,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a JSON object")
     return data
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no such file."""
+    return read_json(path) if path.exists() else {}
 
 
 def stored_dtype(files: Iterable[Path]) -> torch.dtype:

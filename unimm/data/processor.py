@@ -84,6 +84,8 @@ class Processor:
     the short side of a seen picture, before padding (14 in Janus).
     """
 
+    gridded = False  # whether a drawn picture holds tokens between its codes (see before_code)
+
     def __init__(
         self,
         tokenizer: Any,
@@ -129,11 +131,11 @@ class Processor:
         Raises ValueError for malformed messages and for a conversation longer than the context.
         """
         t = self.template
-        turns = [_checked(message) for message in messages]
+        turns = [checked(message) for message in messages]
         prompt = t.worded and answer is not None  # then earlier answers are hidden words too
-        slots = _Slots()
+        slots = Slots()
         slots.text([t.bos])
-        if t.system and not (answer == "image" or (answer is None and _draws(*turns[-1]))):
+        if t.system and not (answer == "image" or (answer is None and draws(*turns[-1]))):
             slots.text(self.words(t.system), user=True)
         for index, (role, content) in enumerate(turns):
             mine = role == "assistant"
@@ -146,14 +148,23 @@ class Processor:
                 else:
                     last = index == len(turns) - 1
                     self._image(slots, part, scored=mine, talked_about=mine and not last)
-            slots.draws = _draws(role, content)
+            slots.draws = draws(role, content)
             slots.text(tail, scored=mine, user=prompt)
         if answer is not None:
             slots.text(self._head(mine=True), user=t.worded)
             slots.draws = answer == "image"
         if answer == "image":
             slots.text([t.begin_image])
-        sample = slots.sample()
+        return self._fitting(slots.sample())
+
+    def before_code(self, k: int) -> list[int]:
+        """Text ids that must stand before code k of a drawn picture, as its grid wants it.
+
+        k = 0: after begin-of-image; k = `codes_per_image`: before end-of-image. None here.
+        """
+        return []
+
+    def _fitting(self, sample: Sample) -> Sample:
         if len(sample) > self.max_length:
             raise ValueError(
                 f"the conversation takes {len(sample)} slots, and the context of this model has "
@@ -222,9 +233,9 @@ class Processor:
         if size != (side, side):
             square = Image.new("RGB", (side, side), (127, 127, 127))
             corner = ((side - size[0]) // 2, (side - size[1]) // 2)
-            square.paste(_resized(picture, size), corner)
+            square.paste(resized(picture, size), corner)
             picture = square
-        return to_unit(np.asarray(_resized(picture, (side, side))))
+        return to_unit(np.asarray(resized(picture, (side, side))))
 
     def drawn_pixels(self, image: Any) -> torch.Tensor:
         """(3, s, s) in [-1, 1]: the short side to s, cropped to the centre (Janus-Pro)."""
@@ -249,12 +260,18 @@ class Processor:
         with torch.inference_mode():
             return self.image_tokenizer.encode(pixels)[0].cpu().numpy()
 
-    def pixels(self, codes: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Codes of complete pictures -> (N, 3, H, W) in [-1, 1], on the CPU."""
+    def pixels(
+        self, codes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Codes of complete pictures -> float32 (N, 3, H, W) in [-1, 1], on the CPU.
+
+        dtype: of the convolutions, whatever that of the weights (bfloat16 is faster).
+        """
         if self.image_tokenizer is None:
             raise ValueError("this model has no image tokenizer, so it cannot draw")
         device = next(self.image_tokenizer.parameters()).device
-        with torch.inference_mode():
+        half = dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=half):
             drawn = self.image_tokenizer.decode(torch.tensor(codes, device=device), self.grid)
         return drawn.float().cpu()
 
@@ -289,7 +306,7 @@ class Processor:
         assert isinstance(t.user, tuple)
         return [], _joined([*t.user, *pieces, t.user_end]), []
 
-    def _image(self, slots: "_Slots", part: Message, scored: bool, talked_about: bool) -> None:
+    def _image(self, slots: "Slots", part: Message, scored: bool, talked_about: bool) -> None:
         """An image part. A drawn image that a later turn talks about is shown both ways."""
         t = self.template
         default = ["codes"] if scored or not self.seen_tokens else ["patches"]
@@ -314,7 +331,7 @@ class Processor:
         return to_picture(self.pixels([[int(code) for code in codes]])[0])
 
 
-class _Slots:
+class Slots:
     """A sample while it is being written."""
 
     def __init__(self) -> None:
@@ -385,7 +402,7 @@ def _message(role: str, content: Sequence[Any]) -> Message:
     return {"role": role, "content": parts}
 
 
-def _checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
+def checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
     """Role and content parts of a message; a ValueError says what is wrong with it."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant"):
@@ -405,7 +422,7 @@ def _checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
     return role, list(content)
 
 
-def _draws(role: str, content: list[dict[str, Any]]) -> bool:
+def draws(role: str, content: list[dict[str, Any]]) -> bool:
     """Whether a turn holds a drawn image."""
     return role == "assistant" and any(part["type"] == "image" for part in content)
 
@@ -421,7 +438,7 @@ def _joined(pieces: list[Any]) -> list[Any]:
     return joined
 
 
-def _resized(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
+def resized(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
     if picture.size == tuple(size):
         return picture
     return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)

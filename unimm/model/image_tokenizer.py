@@ -2,11 +2,13 @@
 
 `ImageTokenizer` is what the rest of unimm relies on. `VQTokenizer` is the convolutional VQ network
 of LlamaGen (arXiv 2406.06525) and Janus; its module names are those of transformers' JanusVQVAE.
+`Emu3Tokenizer` is Emu3's (arXiv 2409.18869), a thin wrap of transformers' network.
 """
 
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -104,7 +106,8 @@ class ImageTokenizer(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, tensor in self.state_dict().items():
-            cast = dtype is not None and not name.startswith("quantize.")
+            kept = "quantize." in name or not tensor.is_floating_point()
+            cast = dtype is not None and not kept
             tensors[name] = tensor.detach().cpu().to(dtype if cast else tensor.dtype).contiguous()
         described = {"kind": self.kind, **asdict(self.config)}
         with tempfile.TemporaryDirectory(dir=directory, prefix=".image_tokenizer-") as scratch:
@@ -178,13 +181,102 @@ class VQTokenizer(ImageTokenizer):
         return F.pixel_shuffle(x, self.config.patch) if self.config.patch > 1 else x
 
     def grid(self, h: int, w: int) -> tuple[int, int]:
-        stride = self.config.stride
-        if h <= 0 or w <= 0 or h % stride or w % stride:
-            raise ValueError(f"{h} x {w} pixels: both sides must be multiples of {stride}")
-        return h // stride, w // stride
+        return _grid(h, w, self.config.stride)
 
     def code_vectors(self) -> Tensor:
         return self.quantize.vectors()
+
+
+@dataclass(frozen=True)
+class Emu3VQConfig:
+    """Sizes of Emu3's network. Emu3: (720, 32768, 4, 4, 256, (1, 2, 2, 4), 2, (3,), 1024, 1, 4).
+
+    mean, std: of the channels of pixels in [0, 1], as its checkpoint's preprocessor_config says.
+    """
+
+    image_size: int  # side of a drawn picture; it takes every multiple of `stride`
+    codebook_size: int
+    code_dim: int
+    z_channels: int
+    base_channels: int
+    multipliers: tuple[int, ...]
+    res_blocks: int
+    attention_levels: tuple[int, ...]  # indices into multipliers
+    attention_dim: int  # channels where there is attention
+    attention_heads: int
+    frames: int  # of a video that one code spans; a picture is so many equal frames
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("multipliers", "attention_levels", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def stride(self) -> int:
+        """Pixels of one side of a code."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class Emu3Tokenizer(ImageTokenizer):
+    """transformers' Emu3VQVAE on single pictures. It is loaded and not trained.
+
+    A picture goes in as `frames` equal frames and comes out as the first of as many, as there.
+    """
+
+    kind = "emu3"
+    row_token = True
+
+    def __init__(self, config: Emu3VQConfig | dict):
+        super().__init__()
+        from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+        self.config = c = Emu3VQConfig(**config) if isinstance(config, dict) else config
+        self.codebook_size = c.codebook_size
+        self.network = Emu3VQVAE(
+            Emu3VQVAEConfig(
+                codebook_size=c.codebook_size,
+                embed_dim=c.code_dim,
+                latent_channels=c.z_channels,
+                base_channels=c.base_channels,
+                channel_multiplier=list(c.multipliers),
+                num_res_blocks=c.res_blocks,
+                attn_resolutions=list(c.attention_levels),
+                hidden_size=c.attention_dim,
+                num_attention_heads=c.attention_heads,
+                temporal_downsample_factor=c.frames,
+            )
+        )
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
+        self.grid(*pixels.shape[-2:])
+        mean, std = self._scale(pixels)
+        found = self.network.encode(((pixels + 1) / 2 - mean) / std, sizes, return_dict=True)
+        return torch.stack(found.image_tokens).flatten(1)  # (N, gh * gw)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        if codes.ndim != 2 or codes.shape[1] != prod(grid):
+            raise ValueError(f"codes of shape {tuple(codes.shape)} do not fill a {grid} grid")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(f"a code is not in 0..{self.codebook_size - 1}")
+        drawn = self.network.decode(codes.reshape(-1, *grid)).float()  # (N, 3, H, W)
+        mean, std = self._scale(drawn)
+        return ((drawn * std + mean) * 2 - 1).clamp(-1, 1)
+
+    def grid(self, h: int, w: int) -> tuple[int, int]:
+        return _grid(h, w, self.config.stride)
+
+    def code_vectors(self) -> Tensor:
+        return self.network.quantize.embedding.weight
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the channels, (3, 1, 1) each."""
+        of = (self.config.mean, self.config.std)
+        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in of)
+        return mean[:, None, None], std[:, None, None]
 
 
 class Codebook(nn.Module):
@@ -419,4 +511,13 @@ def make_norm(channels: int, config: VQConfig) -> nn.Module:
     return nn.GroupNorm(32, channels, 1e-6) if config.norm == "group" else ChannelRMSNorm(channels)
 
 
-IMAGE_TOKENIZERS: dict[str, type[VQTokenizer]] = {"vq": VQTokenizer}
+def _grid(h: int, w: int, stride: int) -> tuple[int, int]:
+    if h <= 0 or w <= 0 or h % stride or w % stride:
+        raise ValueError(f"{h} x {w} pixels: both sides must be multiples of {stride}")
+    return h // stride, w // stride
+
+
+IMAGE_TOKENIZERS: dict[str, Callable[[Any], ImageTokenizer]] = {
+    "vq": VQTokenizer,
+    "emu3": Emu3Tokenizer,
+}
