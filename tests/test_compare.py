@@ -17,7 +17,6 @@ from unimm.evaluation.compare import (
     Study,
     check_terms,
     compare,
-    count_flops,
     scenes_samples,
     scenes_scores,
     steps_of,
@@ -25,6 +24,7 @@ from unimm.evaluation.compare import (
 )
 from unimm.model.decoder import Decoder
 from unimm.model.diffusion import DiffusionConfig, DiffusionDecoder, save_diffusion
+from unimm.training.cost import count_flops
 
 ROOT = Path(__file__).parent.parent
 STUDY = textwrap.dedent('''

@@ -1,12 +1,18 @@
-"""Two processes on one machine (gloo) train what one process trains on the same global batch."""
+"""Two processes on one machine (gloo) train what one process trains on the same global batch.
 
+Whole in each (DDP) or in parts (FSDP2), and each goes on from what the other has begun.
+"""
+
+import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
@@ -14,12 +20,13 @@ from safetensors.torch import load_file
 from unimm.checkpoints.native import save_model
 from unimm.config import load_recipe
 from unimm.data.sources import PictureStore
+from unimm.training import state, trainer
 from unimm.training.trainer import train
 
 ROOT = Path(__file__).parent.parent
 
 
-def stage3(root: Path, out: str):
+def stage3(root: Path, out: str, **changes):
     """Stage 3 (all kinds of data, uneven lengths) in float32, three steps of twelve samples.
 
     With AdamW at 6e-4: Muon's iteration is in bfloat16, which enlarges what rounding leaves, and a
@@ -33,34 +40,101 @@ def stage3(root: Path, out: str):
         )
         for name, source in config.data.items()
     }
-    return dataclasses.replace(
-        config, init=f"{root}/model", data=data, out=f"{root}/{out}", steps=3, batch_size=12,
+    settings = dict(
+        init=f"{root}/model", data=data, out=f"{root}/{out}", steps=3, batch_size=12,
         accumulate=2, precision="float32", optimizer="adamw", log_every=1, preview_every=0,
-        train=((r"vision\..*", 2e-4), (r".*", 6e-4)),
+        train=((r"vision\..*", 2e-4), (r".*", 6e-4)), save_every=2,
     )  # fmt: skip
+    return dataclasses.replace(config, **{**settings, **changes})
 
 
-def test_two_ranks_equal_one(tmp_path):
-    save_model(tmp_path / "model", *tiny_model(max_positions=1024))
+def stopped(run, step=2):
+    """Train and leave when the checkpoint of `step` is written."""
+
+    class Stop(Exception):
+        pass
+
+    def save(*args, save=state.save_checkpoint):
+        save(*args)
+        if args[3]["step"] == step:
+            raise Stop
+
+    trainer.save_checkpoint = save
+    with contextlib.suppress(Stop):
+        train(run)
+    trainer.save_checkpoint = state.save_checkpoint
+
+
+def runs_of_two(root: Path):
+    """What two processes do: in DDP, sharded, sharded with all else that changes no loss, and
+    half of a run each way."""
+    train(stage3(root, "ddp"))
+    train(stage3(root, "sharded", shard=True))
+    train(stage3(root, "all", shard=True, recompute=True, packing=512, accumulate=3))
+    stopped(stage3(root, "sharded-then-one", shard=True))
+    stopped(stage3(root, "ddp-then-one"))
+    train(stage3(root, "one-then-sharded", shard=True))
+    train(stage3(root, "one-then-ddp"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder with the runs of one process and of two."""
+    root = tmp_path_factory.mktemp("ranks")
+    save_model(root / "model", *tiny_model(max_positions=1024))
     for name, edited in (("store", False), ("edits", True)):
-        store = PictureStore.build(tmp_path / name, "scenes-mini", 24, edited=edited)
+        store = PictureStore.build(root / name, "scenes-mini", 24, edited=edited)
         rng = np.random.default_rng(0)
         store.add_codes(lambda pictures, rng=rng: rng.integers(0, 32, (len(pictures), 16)))
-    train(stage3(tmp_path, "one"))
+    train(stage3(root, "one"))
+    for name in ("one-then-sharded", "one-then-ddp"):
+        stopped(stage3(root, name))
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*words, "--master-port", "0", "--standalone", __file__, str(tmp_path)],
+        [*words, "--master-port", "0", "--standalone", __file__, str(root)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    start = load_file(tmp_path / "model" / "model.safetensors")
-    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
-    moved = max(float((one[name] - start[name]).abs().max()) for name in one)
-    assert apart < 1e-5 < 1e-4 < moved, (apart, moved)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name in ("sharded-then-one", "ddp-then-one"):
+        train(stage3(root, name))
+    return root
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "sharded", "all", "sharded-then-one", "ddp-then-one", "one-then-sharded",
+     "one-then-ddp"],
+)  # fmt: skip
+def test_two_ranks_equal_one(done, name):
+    one, two = (load_file(done / n / "model.safetensors") for n in ("one", name))
+    start = load_file(done / "model" / "model.safetensors")
+    assert one.keys() == two.keys()
+    apart = max(float((one[key] - two[key]).abs().max()) for key in one)
+    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
+    assert apart < (1e-4 if name == "all" else 1e-5) and moved > 5e-4, (apart, moved)
+    logs = [
+        [json.loads(line) for line in (done / n / "log.jsonl").read_text().splitlines()]
+        for n in ("one", name)
+    ]
+    assert [x["step"] for x in logs[0]] == [x["step"] for x in logs[1]] == [1, 2, 3]
+    for a, b in zip(*logs, strict=True):
+        for key in ("main_loss", "text_nats", "code_nats", "main_gradient", "edits_nats"):
+            assert b[key] == pytest.approx(a[key], rel=2e-5), key
+
+
+def test_a_sharded_checkpoint_is_in_parts(done):
+    """Seen while it was there, by `main` below."""
+    names = (done / "sharded-then-one.txt").read_text().split()
+    assert sum(name.startswith("shard-") for name in names) == 2
+    assert "random-1.safetensors" in names and "model.safetensors" not in names
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(stage3(Path(sys.argv[1]), "two"))
+    state.to_disk = lambda path: None
+    where = Path(sys.argv[1])
+    runs_of_two(where)
+    if os.environ["RANK"] == "0":
+        found = (where / "sharded-then-one" / "checkpoint-2").rglob("*")
+        (where / "sharded-then-one.txt").write_text("\n".join(path.name for path in found))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -113,6 +114,39 @@ def test_a_stopped_run_goes_on_as_if_nothing_happened(tmp_path):
         assert torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_none_stops_the_run_and_names_the_batch(tmp_path, where):
+    """The sixth step of twelve; 8 numbers a step in two pieces, of two sources by turns."""
+
+    def bad(model, batch, total, run):
+        KEPT["left"] = KEPT.get("left", 10**9) - 1
+        ((name, loss, metrics),) = square(model, batch, total, run)
+        if KEPT["left"] == 0 and where == "loss":
+            loss = loss * float("nan")
+        if KEPT["left"] == 0 and where == "gradient":  # of a root at zero
+            loss = loss + (loss - loss.detach()).abs().sqrt()
+        yield name, loss, metrics
+
+    data = {"a": Source(numbers, 1.0), "b": Source(numbers, 1.0, {"offset": 5})}
+    bad.__module__, bad.__qualname__ = square.__module__, square.__qualname__
+    out, how = tmp_path / "bad", {"data": data, "accumulate": 2, "log_every": 2}
+    with pytest.raises(ValueError, match="in step 6 ") as error:
+        KEPT["left"] = 2 * 12  # two pieces a step, each counted twice
+        train(run_for(out, step=bad, **how))
+    if where == "loss":
+        assert "a 22, 23; b 22, 23" in str(error.value)
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert len(log_of(out)) == 2
+    KEPT["left"] = 10**9
+    train(run_for(out, **how))
+    train(run_for(tmp_path / "good", **how))
+    a, b = weights(out), weights(tmp_path / "good")
+    assert all(torch.equal(a[name], b[name]) and a[name].isfinite().all() for name in a)
+    both = (out, tmp_path / "good")
+    losses = [[entry["main_loss"] for entry in log_of(folder)] for folder in both]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
 def test_frozen_parameters_do_not_move_and_rates_are_in_order(tmp_path):
     rates = ((r"0\.bias", 5e-1), (r"0\..*", None), (r".*", 1e-3))
     train(run_for(tmp_path / "a", train=rates, steps=3))
@@ -184,7 +218,8 @@ def test_pieces_are_cut_where_padding_costs_least():
     sizes = [80, 80, 82, 84, 90, 90, 91, 240, 250]
     cut = pieces(sizes, 3, lambda size: size)
     assert [list(p) for p in cut] == [[80, 80, 82, 84], [90, 90, 91], [240, 250]]
-    assert [list(p) for p in pieces([7, 7], 3, lambda size: size)] == [[7, 7]]
+    assert [list(p) for p in pieces([7, 7], 3, lambda size: size)] == [[7], [7]]
+    assert [len(p) for p in pieces([9] * 64, 4, lambda size: size)] == [16] * 4  # fits into memory
     rng = np.random.default_rng(0)
     sizes = sorted(rng.integers(1, 100, 9).tolist())
     least = min(
@@ -270,3 +305,18 @@ def test_muon_takes_the_matrices_of_layers_and_resumes(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(ValueError, match="optimizer is"):
         make_optimizers(model, run_for("x", optimizer="sgd"))
+
+
+def test_tensorboard_has_what_the_log_has(tmp_path, monkeypatch):
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(run_for(tmp_path / "a", tensorboard=True))
+    found = board.EventAccumulator(str(tmp_path / "a/tensorboard")).Reload()
+    events = [(event.step, event.value) for event in found.Scalars("main_loss")]
+    wanted = [(entry["step"], entry["main_loss"]) for entry in log_of(tmp_path / "a")]
+    assert events == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in wanted]
+
+
+def test_without_tensorboard_a_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install unimm\[tensorboard\]"):
+        train(run_for(tmp_path / "a", tensorboard=True))

@@ -31,6 +31,22 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Begin:
+    """What a model is begun from: folders or Hub ids of parts (unimm.checkpoints.parts).
+
+    decoder: a language model. vision: a SigLIP, or "" for a model that sees codes. image_tokenizer:
+    a folder, or a file in LlamaGen's layout. drawn_size: pixels, 0 for the tokenizer's own.
+    """
+
+    decoder: str
+    image_tokenizer: str
+    vision: str = ""
+    drawn_size: int = 0
+    guidance: float = 5.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Run:
     """One training run.
 
@@ -45,7 +61,7 @@ class Run:
     steps: int
     batch_size: int
     out: str = ""
-    init: str = ""
+    init: Any = ""  # a folder or a Hub id of a model, or a Begin
     setup: Callable[..., Any] | None = None  # None: a unified model from `init`
     count: Callable[..., float] | None = None  # what a loss is divided by; None: batches
     warmup: int = 0
@@ -61,6 +77,11 @@ class Run:
     compile: bool = (
         False  # fuse the decoder's layers (torch.compile; needs a C++ compiler on a CPU)
     )
+    packing: int = 0  # slots a row into which several samples are packed; 0: a sample a row
+    recompute: bool = False  # forward a layer again in the backward, to hold less memory
+    shard: bool = False  # FSDP2: each rank holds a part of the weights
+    lora: int = 0  # rank of adapters that learn in place of the matrices which `train` names
+    lora_merge: bool = True  # into the weights at the end; or apart, in files of their own
     drop_prompt: float = 0.1  # share of drawing samples that get the unguided prompt
     most_broken: float = 0.05  # a source of which a larger share cannot be read stops the run
     kind_weights: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "code": 1.0})
@@ -68,6 +89,7 @@ class Run:
     log_every: int = 20
     preview_every: int = 500
     save_every: int = 100
+    tensorboard: bool = False  # events in OUT/tensorboard
     options: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
@@ -160,6 +182,8 @@ def _replace(holder: Any, path: list[str], text: str, key: str) -> Any:
         choices = ", ".join(sorted(map(str, known))) or "nothing"
         raise ValueError(f"unknown key {key!r}: {name!r} is not one of {choices}")
     old = known[name]
+    if not rest and isinstance(old, Begin):
+        old = ""  # a folder in place of the parts
     if not rest and (callable(old) or dataclasses.is_dataclass(old)):
         raise ValueError(f"{key} cannot be set on the command line: change the recipe")
     new = _replace(old, rest, text, key) if rest else parse_value(text, old, key)

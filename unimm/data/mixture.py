@@ -58,6 +58,10 @@ class Mixture:
 
     def take(self, count: int, rank: int = 0, ranks: int = 1) -> list[Any]:
         """This rank's part of the next `count` samples of the global stream."""
+        return [sample for _, sample in self.draw(count, rank, ranks)]
+
+    def draw(self, count: int, rank: int = 0, ranks: int = 1) -> list[tuple[tuple[str, int], Any]]:
+        """As `take`, each sample with its source and the index there."""
         mine = []
         for offset in range(count):
             position = self.position
@@ -66,14 +70,26 @@ class Mixture:
                 mine.append(self._sample(name, index, position))
         return mine
 
-    def _sample(self, name: str, index: int, position: int) -> Any:
+    def state(self) -> dict[str, Any]:
+        """The cursor, JSON-able: a mixture that is given it with `restore` goes on from there."""
+        counters = {"taken": self.taken, "seen": self.seen, "broken": self.broken}
+        return {"position": self.position, **{k: dict(v) for k, v in counters.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+        self.taken, self.seen, self.broken = (
+            dict(state[name]) for name in ("taken", "seen", "broken")
+        )
+
+    def _sample(self, name: str, index: int, position: int) -> tuple[tuple[str, int], Any]:
         for attempt in range(TRIES):
             self.seen[name] += 1
             try:
-                item = self.sources[name][index + attempt * STRIDE]
+                place = index + attempt * STRIDE
+                item = self.sources[name][place]
                 if self.prepare is not None:
                     item = self.prepare(item, np.random.default_rng((self.seed, position)))
-                return item
+                return (name, place), item
             except (ValueError, OSError) as error:
                 reason = " ".join(str(error).split())
                 self.broken[name] += 1
@@ -123,21 +139,23 @@ def pieces(
     items: Sequence[Any], count: int, size: Callable[[Any], int] | None = None
 ) -> list[Sequence[Any]]:
     """`items` cut into at most `count` runs: of equal length (to within one), or, with `size`, in
-    such places that padding each run to its largest item costs least (items in order of size).
+    such places that padding each run to its largest item costs least (items in order of size),
+    and among those in the most even ones: a run is what has to fit into memory.
     """
     if size is None:
         edges = [round(i * len(items) / count) for i in range(count + 1)]
         return [items[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
     sizes = [size(item) for item in items]
-    # cheapest[b]: slots of the first b items, and where their last run begins; once a run more
-    cheapest = [(0.0 if b == 0 else math.inf, [0]) for b in range(len(items) + 1)]
+    # cheapest[b]: slots of the first b items, their squares by run, and where runs end; once a run
+    cheapest = [(0.0 if b == 0 else math.inf, 0, [0]) for b in range(len(items) + 1)]
     for _ in range(count):
         cheapest = [
             min(
-                (cost + (b - a) * sizes[b - 1] if b > a else cost, [*edges, b] if b > a else edges)
-                for a, (cost, edges) in enumerate(cheapest[: b + 1])
+                (cost + slots, squares + slots**2, [*edges, b] if b > a else edges)
+                for a, (cost, squares, edges) in enumerate(cheapest[: b + 1])
+                for slots in [(b - a) * sizes[b - 1] if b > a else 0]
             )
             for b in range(len(items) + 1)
         ]
-    edges = cheapest[-1][1]
+    edges = cheapest[-1][2]
     return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]

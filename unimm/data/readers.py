@@ -14,11 +14,16 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from unimm.checkpoints.native import BUNDLED
+from unimm.data.codes import CodeShards, made_by
+from unimm.data.images import open_image
 from unimm.data.processor import assistant, user
 from unimm.data.sources import ASK_CAPTION, VALIDATION
 
@@ -85,26 +90,28 @@ def own(
     task: str = "both",
     keep: float = 0.0,
     keep_by: str = "",
+    codes: str = "",
 ) -> Rows:
     """What is at `path`, by its looks: a folder, tar shards, messages, questions, or an index.
 
-    image, text and keep_by are for an index, see `captions`; task for all that has captions.
+    image, text and keep_by are for an index, see `captions`; task for all that has captions, and
+    codes too: a folder of code shards, whose codes drawn pictures get without being opened.
     """
     if not path:
         raise ValueError(
             "say where the data is: data.mine.path=INDEX.jsonl (or a folder, or *.tar)"
         )
     if Path(path).is_dir():
-        return folder(run, path, task, keep)
+        return folder(run, path, task, keep, codes)
     if path.endswith(".tar"):
-        return webdataset(run, path, task, keep)
+        return webdataset(run, path, task, keep, codes)
     if path.endswith(".jsonl"):
         first = next((row for row in read_jsonl(path) if "broken" not in row), {})
         if "messages" in first:
             return messages(run, path, keep)
         if "question" in first and "answer" in first:
             return vqa(run, path, keep=keep)
-    return captions(run, path, image, text, task, keep, keep_by)
+    return captions(run, path, image, text, task, keep, keep_by, codes)
 
 
 def messages(run: Any, path: str, keep: float = 0.0) -> Rows:
@@ -127,6 +134,7 @@ def captions(
     task: str = "both",
     keep: float = 0.0,
     keep_by: str = "",
+    codes: str = "",
 ) -> Rows:
     """An index of pictures with texts: .jsonl, .csv or .parquet.
 
@@ -141,36 +149,39 @@ def captions(
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}, only {', '.join(columns)}")
+    known = open_codes(run, codes)
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
         said = {
             name: value[rng.integers(len(value))] if isinstance(value, list) and value else value
             for name, value in row.items()
         }
-        return pictured(folder / str(row[image]), form.format(**said), task, rng)
+        name = str(row[image])
+        return pictured(coded(folder / name, name, known), form.format(**said), task, rng)
 
     return divided(run, rows, make, keep, lambda row: str(row[keep_by or image]), path)
 
 
-def folder(run: Any, path: str, task: str = "both", keep: float = 0.0) -> Rows:
+def folder(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: str = "") -> Rows:
     """A folder (with those below it) of pictures, each beside a .txt or a .json of its name.
 
     A .json holds {"text": ...} or {"messages": [...]}.
     """
     if not Path(path).is_dir():
         raise ValueError(f"no such folder: {path}")
-    pictures = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
+    pictures, known = pictures_below(path), open_codes(run, codes)
 
     def make(picture: Path, rng: np.random.Generator) -> dict[str, Any]:
         words, record = picture.with_suffix(".txt"), picture.with_suffix(".json")
+        shown = coded(picture, picture.relative_to(path).as_posix(), known)
         if words.exists():
-            return pictured(picture, words.read_text(encoding="utf-8"), task, rng)
+            return pictured(shown, words.read_text(encoding="utf-8"), task, rng)
         if not record.exists():
             raise ValueError(f"{picture} has no text: neither {words.name} nor {record.name}")
         row = json.loads(record.read_text(encoding="utf-8"))
         if "messages" in row:
             return {"messages": [_placed(m, picture.parent) for m in row["messages"]]}
-        return pictured(picture, row["text"], task, rng)
+        return pictured(shown, row["text"], task, rng)
 
     return divided(run, pictures, make, keep, lambda p: p.stem, path)
 
@@ -231,25 +242,21 @@ def llava(run: Any, path: str, images: str, keep: float = 0.0) -> Rows:
     return divided(run, read_json(path), make, keep, lambda row: str(row.get("id", row)), path)
 
 
-def webdataset(run: Any, path: str, task: str = "both", keep: float = 0.0) -> Rows:
+def webdataset(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: str = "") -> Rows:
     """WebDataset tar shards, `path` a glob ("data/*.tar"): pictures with a .txt or .json each.
 
     The shards are read in place: one pass over their headers, then a sample at a time.
     """
-    where = Path(path)
-    shards = sorted(where.parent.glob(where.name))
-    if not shards:
-        raise ValueError(f"no shard matches {path}")
-    rows = [row for shard in shards for row in _members(shard)]
+    rows, known = samples_of(path), open_codes(run, codes)
 
     def make(row: dict[str, tuple[Path, int, int]], rng: np.random.Generator) -> dict[str, Any]:
         name = next((n for n in row if f".{n}" in PICTURES), None)
         if name is None or not ("txt" in row or "json" in row):
             raise ValueError("a sample of a shard has a picture and a .txt or .json")
-        from PIL import Image
-
-        picture = Image.open(io.BytesIO(_read(row[name])))
-        picture.load()
+        picture = coded(row[name], place_name(row[name]), known)
+        if not isinstance(picture, dict) or task != "draw":
+            opened = open_member(row[name])
+            picture = {**picture, "image": opened} if isinstance(picture, dict) else opened
         if "txt" in row:
             return pictured(picture, _read(row["txt"]).decode(), task, rng)
         record = json.loads(_read(row["json"]))
@@ -291,6 +298,67 @@ def huggingface(
 # ---------------------------------------------------------------------------- parts of readers
 
 
+def list_pictures(path: str, image: str = "file") -> list[tuple[str, Callable[[], Any]]]:
+    """All pictures of a folder, an index or tar shards: a name, as `codes` goes by, and an opener.
+
+    Raises ValueError where there is none.
+    """
+    found: dict[str, Callable[[], Any]] = {}
+    if Path(path).is_dir():
+        for picture in pictures_below(path):
+            found[picture.relative_to(path).as_posix()] = partial(open_image, picture)
+    elif path.endswith(".tar"):
+        for row in samples_of(path):
+            for place in (row[n] for n in row if f".{n}" in PICTURES):
+                found[place_name(place)] = partial(open_member, place)
+    else:
+        for row in read_table(path):
+            if image in row:
+                name = str(row[image])
+                found[name] = partial(open_image, Path(path).parent / name)
+    if not found:
+        raise ValueError(f"{path} holds no picture (of an index, image=COLUMN names the column)")
+    return list(found.items())
+
+
+def open_codes(run: Any, folder: str) -> CodeShards | None:
+    """The code shards in `folder`: of the image tokenizer that the run begins with."""
+    if not folder:
+        return None
+    init = getattr(run, "init", "")
+    return CodeShards(folder, made_by(BUNDLED if init == "scenes" else init) if init else "")
+
+
+def coded(picture: Any, name: str, known: CodeShards | None) -> Any:
+    """The picture, with its codes where they are known."""
+    if known is None or name not in known:
+        return picture
+    return {"image": str(picture), "codes": known[name]}
+
+
+def pictures_below(path: str) -> list[Path]:
+    return sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
+
+
+def samples_of(path: str) -> list[dict[str, tuple[Path, int, int]]]:
+    """The samples of all tar shards that match a glob."""
+    where = Path(path)
+    shards = sorted(where.parent.glob(where.name))
+    if not shards:
+        raise ValueError(f"no shard matches {path}")
+    return [row for shard in shards for row in _members(shard)]
+
+
+def place_name(place: tuple[Path, int, int]) -> str:
+    return f"{place[0].name}:{place[1]}"
+
+
+def open_member(place: tuple[Path, int, int]) -> Image.Image:
+    picture = Image.open(io.BytesIO(_read(place)))
+    picture.load()
+    return picture
+
+
 def pictured(picture: Any, text: str, task: str, rng: np.random.Generator) -> dict[str, Any]:
     """A picture and its text as a conversation: to draw it, or to describe it."""
     if task not in TASKS:
@@ -298,7 +366,9 @@ def pictured(picture: Any, text: str, task: str, rng: np.random.Generator) -> di
     text = " ".join(str(text).split())
     if not text:
         raise ValueError(f"{picture} has an empty text")
-    part = {"image": str(picture) if isinstance(picture, Path) else picture}
+    part = picture if isinstance(picture, dict) else {"image": picture}
+    if isinstance(part["image"], Path):
+        part = {**part, "image": str(part["image"])}
     if task == "draw" or (task == "both" and rng.random() < 0.5):
         return {"messages": [user(text), assistant(part)]}
     ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unimm.config import Run, load_recipe
-from unimm.data.mixture import Mixture, pieces
 from unimm.data.processor import user
 from unimm.data.scenes import (
     SPLITS,
@@ -39,9 +38,10 @@ from unimm.evaluation.scenes import Protocol, score_understanding
 from unimm.inference.engine import Request
 from unimm.inference.sampling import Settings
 from unimm.pipeline import UniMM
+from unimm.training.cost import sample_flops
 from unimm.training.image_tokenizer import psnr
 from unimm.training.next_token import save_grid
-from unimm.training.trainer import Parts, make_optimizers, setup, train
+from unimm.training.trainer import train
 
 BUDGETS = ("steps", "samples", "flops")
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f", "#8c564b")
@@ -163,50 +163,6 @@ def moved_parameters(before: Path | None, after: Path) -> int:
             same = name in known and torch.equal(known[name].to(tensor.dtype), tensor)
             count += 0 if same else tensor.numel()
     return count
-
-
-def sample_flops(run: Run) -> float:
-    """Training FLOPs a sample, from one step of `run` on the CPU."""
-    torch.manual_seed(run.seed)
-    parts = setup(run)
-    make_optimizers(parts.model, run)  # freezes what the run freezes: that needs no gradient
-    return step_flops(parts, run) / run.batch_size
-
-
-def step_flops(parts: Parts, run: Run) -> int:
-    """FLOPs of products and convolutions in one training step, forward and backward.
-
-    A real batch is counted, because which slots are scored shapes the heads' products; in float32
-    and by the math path of attention, as the counter reads 0 for the fused one on a CPU.
-    """
-    mixture = Mixture(
-        {name: source.make(run, **source.options) for name, source in run.data.items()},
-        {name: source.weight for name, source in run.data.items()},
-        run.seed,
-        parts.prepare,
-    )
-    items = mixture.take(run.batch_size)
-    if parts.size:
-        items.sort(key=parts.size)
-    run = dataclasses.replace(run, precision="float32")
-    parts.model.train()
-
-    def step() -> None:
-        for part in pieces(items, run.accumulate, parts.size):
-            for _, loss, _ in run.step(parts.model, parts.collate(list(part)), 1.0, run):
-                loss.backward()
-
-    return count_flops(step)
-
-
-def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs (two a multiply-add) of products and convolutions in `call()`, on any device."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def wall_seconds(folder: Path) -> float:

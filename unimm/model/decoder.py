@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -148,8 +149,14 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = config.dropout
+        self.recompute = False  # hold the input alone for the backward, and compute the rest again
 
     def forward(self, x, cos, sin, attend, cache) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(self.compute, x, cos, sin, attend, cache, use_reentrant=False)
+        return self.compute(x, cos, sin, attend, cache)
+
+    def compute(self, x, cos, sin, attend, cache) -> Tensor:
         dtype = cos.dtype  # under autocast: one cast here, where each projection would do its own
         seen = self.input_layernorm(x).to(dtype)
         x = x + self.drop(self.self_attn(seen, cos, sin, attend, cache))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unimm.model.connectors import CONNECTORS
 from unimm.model.decoder import Decoder, DecoderConfig, block_mask
@@ -19,6 +20,7 @@ from unimm.model.vision import VisionConfig, VisionEncoder
 
 TEXT, PATCH, CODE = 0, 1, 2
 KINDS = {"text": TEXT, "code": CODE}  # the kinds that are predicted
+LOGITS_AT_ONCE = 2**24  # in training: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class Batch:
         ]
         return Batch(**moved)
 
+    def samples(self) -> tuple[Tensor, int]:
+        """Which sample each slot is of, (B, T), row after row, and how many samples there are."""
+        if self.segment is None:
+            rows = torch.arange(len(self.ids), device=self.ids.device)
+            return rows[:, None].expand_as(self.ids), len(self.ids)
+        counts = self.segment.amax(1) + 1  # (B,)
+        first = (counts.cumsum(0) - counts)[:, None]
+        return first + self.segment.clamp(min=0), int(counts.sum())
+
     def weight(self, kind_weights: dict[str, float]) -> float:
         """Sum of the weights of all scored slots: what the loss is divided by."""
         return sum(
@@ -105,11 +116,11 @@ class Output(NamedTuple):
     loss: Tensor
     auxiliary: dict[str, Tensor]  # further losses that designs may add (already in `loss`)
     nats: dict[str, tuple[float, float]]  # by kind: summed cross-entropy, number of scored slots
-    row_nats: dict[str, Tensor]  # by kind: (B,), each row's summed cross-entropy, differentiable
+    row_nats: dict[str, Tensor]  # by kind: (N,), each sample's cross-entropy, differentiable
 
     @property
     def log_probs(self) -> Tensor:
-        """(B,): of each row's scored slots together, differentiable."""
+        """(N,): of each sample's scored slots together, differentiable."""
         return -torch.stack(list(self.row_nats.values())).sum(0)
 
 
@@ -154,16 +165,15 @@ class UnifiedModel(nn.Module):
         target, kind, score = batch.ids[:, 1:], batch.kind[:, 1:], batch.score[:, 1:]
         loss = hidden.new_zeros((), dtype=torch.float32)
         nats, row_nats = {}, {}
-        none = hidden.new_zeros(len(target), dtype=torch.float32)
+        sample, samples = batch.samples()
+        none = hidden.new_zeros(samples, dtype=torch.float32)
         for name, k in KINDS.items():
             at = (kind == k) & (score > 0)
-            logits = self.logits(hidden[:, :-1][at], k, full=True).float()  # (n, K)
             offset = self.config.decoder.vocab_size if k == CODE and self._shared else 0
-            each = F.cross_entropy(logits, target[at] + offset, reduction="none")
-            each = each * score[at]
+            each = self._cross_entropy(hidden[:, :-1][at], target[at] + offset, k) * score[at]
             loss = loss + weights.get(name, 0.0) * each.sum()
             nats[name] = (float(each.detach().sum()), float(score[at].sum()))
-            row_nats[name] = none.index_add(0, at.nonzero()[:, 0], each)
+            row_nats[name] = none.index_add(0, sample[:, 1:][at], each)
         return Output(loss / max(total, 1e-8), {}, nats, row_nats)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -199,6 +209,26 @@ class UnifiedModel(nn.Module):
             return scores
         text_ids = self.config.decoder.vocab_size
         return scores[..., text_ids:] if kind == CODE else scores[..., :text_ids]
+
+    def _cross_entropy(self, hidden: Tensor, target: Tensor, kind: int) -> Tensor:
+        """Of (n, D) hidden states and n targets: (n,), float32.
+
+        Never more than `LOGITS_AT_ONCE` logits are held: beyond, they are made a part at a time,
+        and once more in the backward.
+        """
+
+        def part(hidden: Tensor, target: Tensor) -> Tensor:
+            logits = self.logits(hidden, kind, full=True).float()  # (n, K)
+            return F.cross_entropy(logits, target, reduction="none")
+
+        classes = (
+            self.config.table_size if kind == TEXT or self._shared else self.config.codebook_size
+        )
+        rows = max(1, LOGITS_AT_ONCE // classes)
+        if len(hidden) <= rows:
+            return part(hidden, target)
+        parts = zip(hidden.split(rows), target.split(rows), strict=True)
+        return torch.cat([checkpoint(part, *p, use_reentrant=False) for p in parts])
 
     def train_code_rows_only(self) -> None:
         """Shared pathway, stage 1: of the one table and the one head only code rows learn.

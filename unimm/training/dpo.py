@@ -163,6 +163,7 @@ def setup_dpo(run: Run) -> Parts:
         size=lambda pair: max(len(pair.chosen), len(pair.rejected)),
         save=save,
         step=step,
+        pack=None,
     )
 
 

@@ -1,5 +1,7 @@
 """Training of the unified model: the next-token step, and what a run of it sets up."""
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,18 +14,32 @@ from torch import Tensor
 
 from unimm.checkpoints.native import BUNDLED, load_model, save_model
 from unimm.config import Run
+from unimm.data.packing import collate_packed
 from unimm.data.processor import Processor, Sample, to_picture, user
 from unimm.data.sources import VALIDATION
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings
 from unimm.model.unified import KINDS, TEXT, Batch, UnifiedModel
-from unimm.training.trainer import Parts
+from unimm.training.adapters import (
+    FILES,
+    add_adapters,
+    merge_adapters,
+    merge_stored,
+    merged_copy,
+    save_adapters,
+)
+from unimm.training.trainer import Parts, rate_of
 
 
 def next_token(model: Any, batch: Batch, total: float, run: Run) -> Iterator[tuple]:
     """Cross-entropy of every scored slot, weighted by kind, over the global batch."""
     output = model(batch, run.kind_weights, total)
-    yield "main", output.loss, {f"{kind}_nats": pair for kind, pair in output.nats.items()}
+    metrics: dict[str, Any] = {f"{kind}_nats": pair for kind, pair in output.nats.items()}
+    sample, samples = batch.samples()
+    slots = batch.score.new_zeros(samples)
+    slots.index_add_(0, sample[:, 1:].flatten(), (batch.score[:, 1:] > 0).to(slots).flatten())
+    metrics["samples"] = (-output.log_probs.detach()).tolist(), slots.tolist()
+    yield "main", output.loss, metrics
 
 
 def scored_weight(batch: Batch, run: Run) -> float:
@@ -44,8 +60,13 @@ def open_init(run: Run) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
     """Model, processor and sampling defaults of `run.init`; "scenes" is the bundled model."""
     if not run.init:
         raise ValueError("this run starts from a model folder: init=DIR")
-    bundled = run.init == "scenes" and not Path(run.init).exists()
-    return load_model(BUNDLED if bundled else run.init)
+    init = Path(run.init)
+    if (init / FILES[0]).exists():  # adapters that were kept apart
+        base = json.loads((init / FILES[0]).read_text())["base_model_name_or_path"]
+        model, processor, sampling = open_init(dataclasses.replace(run, init=base))
+        merge_stored(init, model)
+        return model, processor, sampling
+    return load_model(BUNDLED if run.init == "scenes" and not init.exists() else run.init)
 
 
 def unified_parts(
@@ -53,32 +74,48 @@ def unified_parts(
 ) -> Parts:
     """What every run of a unified model has: compiled layers, previews, a model folder at the end.
 
-    Samples may lose their prompt (`run.drop_prompt`).
+    Samples may lose their prompt (`run.drop_prompt`); with `run.lora` adapters learn.
     """
     if run.options.get("code_rows_only"):
         model.train_code_rows_only()
-    if run.compile and has_compiler():
-        for layer in model.decoder.layers:
+    if run.lora:
+        if isinstance(run.train, dict):
+            raise ValueError("lora is for runs with one list of rates")
+        rates = run.train
+        add_adapters(model, run.lora, learns=lambda name: rate_of(name, rates) is not None)
+    for layer in model.decoder.layers:
+        layer.recompute = run.recompute  # type: ignore[assignment]
+        if run.compile and has_compiler():
             layer.compile(dynamic=True)
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Sample:
         return drop_prompt(processor.encode(item["messages"]), processor, run.drop_prompt, rng)
 
     def preview(folder: Path, step: int) -> dict[str, float]:
-        prompts = run.options.get("prompts")
+        prompts, found = run.options.get("prompts"), {}
         with torch.compiler.set_stance("force_eager"):
             if prompts and processor.image_tokenizer is not None:
-                pictures = draw(model, processor, prompts, run.options.get("guidance", 2.0))
-                save_grid(pictures, folder / f"preview-{step:06d}.png", columns=8)
-            return held_out_nats(run, model, processor)
+                guidance = run.options.get("guidance", 2.0)
+                codes = draw_codes(merged_copy(model), processor, prompts, guidance)
+                save_grid(processor.pixels(codes), folder / f"preview-{step:06d}.png", columns=8)
+                found["preview_different_codes"] = len({code for one in codes for code in one})
+            return found | held_out_nats(run, model, processor)
+
+    def save(folder: Path) -> None:
+        if run.lora and not run.lora_merge:
+            return save_adapters(folder, model, run.init)
+        if run.lora:
+            merge_adapters(model)
+        save_model(folder, model, processor, sampling)
 
     return Parts(
         model,
         processor.collate,
         preview,
-        lambda folder: save_model(folder, model, processor, sampling),
+        save,
         prepare,
         len,
+        pack=lambda rows: collate_packed(rows, processor),
     )
 
 
@@ -133,12 +170,19 @@ def draw(
     model: UnifiedModel, processor: Processor, prompts: list[str], guidance: float, seed: int = 0
 ) -> Tensor:
     """One picture a prompt, (N, 3, H, W) in [-1, 1]."""
+    return processor.pixels(draw_codes(model, processor, prompts, guidance, seed))
+
+
+def draw_codes(
+    model: UnifiedModel, processor: Processor, prompts: list[str], guidance: float, seed: int = 0
+) -> list[list[int]]:
+    """The codes of one picture a prompt."""
     requests = [
         Request(processor.encode([user(prompt)], answer="image"), "image", seed + k)
         for k, prompt in enumerate(prompts)
     ]
     answers = Engine(model, processor).run(requests, Settings(guidance=guidance))
-    return processor.pixels([answer.codes for answer in answers])
+    return [list(map(int, answer.codes)) for answer in answers]
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int) -> None:

@@ -6,24 +6,34 @@ discriminator is a second loss. `total` is the sum of `run.count` over the globa
 divided by it has the same gradient however the batch is cut.
 """
 
+import dataclasses
 import json
 import math
 import re
-import time
+import signal
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
-from tqdm import tqdm
 
 from unimm.config import Rates, Run
 from unimm.data.mixture import Mixture, pieces, prefetch
-from unimm.training.state import load_checkpoint, save_checkpoint
+from unimm.data.packing import pack
+from unimm.training.adapters import adapted_name
+from unimm.training.log import Log, Origin
+from unimm.training.parallel import Team
+from unimm.training.state import (
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    write_text,
+)
 
 
 @dataclass
@@ -41,99 +51,224 @@ class Parts:
     prepare: Callable[[Any, Any], Any] | None = None
     size: Callable[[Any], int] | None = None  # items of like size go into one piece of a batch
     step: Callable[..., Any] | None = None  # in place of run.step, where it needs what setup made
+    pack: Callable[[list[list[Any]]], Any] | None = None  # as collate, of rows of several items
+
+
+@dataclass
+class Piece:
+    """A part of a step's batch: one forward and backward."""
+
+    batch: Any
+    origins: list[Origin]  # of its samples, in order
+    slots: int  # that samples fill
+    room: int  # that the rows have
+    again: bool = False  # passed once more, for nothing, to go in step with other ranks
 
 
 def train(run: Run) -> Path:
-    """Train as `run` says and return its folder, going on from its last checkpoint if any.
+    """Train as `run` says and return its folder, going on from its last good checkpoint if any.
 
-    The folder then holds run.json, log.jsonl, previews, and what the setup saves.
+    The folder then holds run.json, log.jsonl, previews, and what the setup saves. SIGTERM saves a
+    checkpoint and ends the process with status 0. Raises ValueError where a loss or a gradient is
+    no number any more, and OSError where a checkpoint cannot be written.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import send_to_device, set_seed
 
+    out = checked_folder(run)
+    if (out / "done").exists():
+        return out
+    set_seed(run.seed)
+    team = Team(run)
+    parts = setup(run)
+    if run.packing and parts.pack is None:
+        raise ValueError("this setup cannot pack samples: packing=0")
+    optimizers = make_optimizers(parts.model, run)  # and freezes what is frozen
+    model = team.prepare(parts.model, run)
+    if team.sharded:
+        optimizers = make_optimizers(model, run)
+    trained = model if team.sharded else parts.model
+    progress = load_checkpoint(out, trained, optimizers, team)
+    start = progress["step"]
+    mixture = make_mixture(run, parts, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    if team.main:
+        write_text(out / "run.json", json.dumps(run.record(), indent=1))
+
+    def make_step() -> tuple[list[Piece], dict[str, Any]]:
+        drawn = mixture.draw(run.batch_size, team.rank, team.ranks)
+        return cut(drawn, parts, run), mixture.state()
+
+    def save(step: int) -> None:
+        progress = {"step": step, "mixture": cursor, "log": log.state(), "ranks": team.ranks}
+        save_checkpoint(out, trained, optimizers, progress, team)
+
+    count, make_losses = run.count or one, parts.step or run.step
+    log = Log(out, run, start, team, progress.get("log"))
+    ahead, cursor = prefetch(make_step, run.steps - start), mixture.state()
+    with Signal() as asked_to_stop:
+        for step in range(start, run.steps):
+            todo, next_cursor = log.timed(lambda: next(ahead))
+            mine = sum(count(piece.batch, run) for piece in todo)
+            weights, most, stops = team.gather([mine, len(todo), asked_to_stop()]).T
+            if stops.any():
+                save(step)
+                raise SystemExit(0)
+            if team.sharded:  # ranks must pass the layers equally often
+                again = dataclasses.replace(todo[-1], again=True, slots=0, room=0)
+                todo += [again] * (int(most.max()) - len(todo))
+            for optimizer in optimizers.values():
+                set_rate(optimizer, rate_factor(run, step))
+            model.train()
+            wrong: list[Origin] = []
+            told: list[tuple] = []  # to the log, once it is known that the step is sound
+            for k, piece in enumerate(todo):
+                batch = send_to_device(piece.batch, team.device)
+                with team.exchange(model, last=k == len(todo) - 1):
+                    for name, loss, metrics in make_losses(model, batch, float(weights.sum()), run):
+                        # gradients are averaged over ranks, and a loss is a share of a sum
+                        team.accelerator.backward(loss * (0 if piece.again else team.ranks))
+                        value = float(loss.detach())
+                        wrong += [] if math.isfinite(value) else piece.origins
+                        if not piece.again:
+                            told.append((name, value, metrics, piece.origins))
+                if piece.room:
+                    told.append(("", None, {"fill": (piece.slots, piece.room)}))
+            norms = {name: clip(optimizer, run.clip) for name, optimizer in optimizers.items()}
+            if wrong or not all(map(math.isfinite, norms.values())):
+                save(step)
+                raise ValueError(not_finite(step, wrong, out))
+            told += [(name, None, {f"{name}_gradient": norm}) for name, norm in norms.items()]
+            for entry in told:
+                log.add(*entry)
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            cursor = next_cursor
+            log.step_done(step + 1, sum(piece.slots for piece in todo))
+            if parts.preview and due(run.preview_every, step, run):
+                with team.whole(parts.model, trained):
+                    if team.main:
+                        log.write(step + 1, preview(parts, out, step + 1))
+            if due(run.save_every, step, run):
+                save(step + 1)
+    with team.whole(parts.model, trained):
+        if team.main:
+            parts.model.eval()
+            if parts.save:
+                parts.save(out)
+            (out / "done").write_text("")
+            remove_checkpoints(out)
+    log.close()
+    team.wait()
+    return out
+
+
+def checked_folder(run: Run) -> Path:
+    """The folder of a run, once all that can be known to be wrong before it begins is known."""
     if not run.out:
         raise ValueError("a run needs a folder for its result: out=DIR")
     if run.precision not in ("bf16", "float32"):
         raise ValueError(f"precision is 'bf16' or 'float32', not {run.precision!r}")
     if min(run.steps, run.batch_size, run.accumulate) < 1:
         raise ValueError("steps, batch_size and accumulate must be 1 or more")
-    out = Path(run.out)
-    check_same_run(out, run)
-    if (out / "done").exists():
-        return out
+    check_same_run(Path(run.out), run)
+    return Path(run.out)
 
-    set_seed(run.seed)
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    precision = "bf16" if run.precision == "bf16" else "no"
-    AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)  # several CPUs: by torchrun
-    parts = setup(run)
-    optimizers = make_optimizers(parts.model, run)
-    model = accelerator.prepare(parts.model)
-    start = load_checkpoint(out, parts.model, optimizers)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+
+def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None) -> Mixture:
+    """The sources of a run as one stream, from where `progress` is (None: a trial, from 0).
+
+    Rows that cannot be read are named in left_out.txt, each once.
+    """
+    path = Path(run.out) / "left_out.txt"
+    told = set(path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
+
+    def note(name: str, reason: str) -> None:
+        line = f"{name}: {reason}"
+        if line not in told:
+            told.add(line)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     mixture = Mixture(
         {name: source.make(run, **source.options) for name, source in run.data.items()},
         {name: source.weight for name, source in run.data.items()},
         run.seed,
         parts.prepare,
-        lambda name, reason: note_left_out(out, name, reason),
+        None if progress is None else note,
         run.most_broken,
     )
-    mixture.skip(start * run.batch_size)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "run.json").write_text(json.dumps(run.record(), indent=1))
+    if progress and "mixture" in progress:
+        mixture.restore(progress["mixture"])
+    elif progress:
+        mixture.skip(progress["step"] * run.batch_size)
+    return mixture
 
-    def make_batches() -> list[Any]:
-        items = mixture.take(run.batch_size, rank, ranks)
-        if parts.size:
-            items.sort(key=parts.size)
-        return [parts.collate(list(part)) for part in pieces(items, run.accumulate, parts.size)]
 
-    count, make_losses = run.count or one, parts.step or run.step
-    log = Log(out, run, start, shown=accelerator.is_main_process)
-    ahead = prefetch(make_batches, run.steps - start)
-    for step in range(start, run.steps):
-        for optimizer in optimizers.values():
-            set_rate(optimizer, rate_factor(run, step))
-        model.train()
-        batches = log.timed("waiting", lambda: next(ahead))
-        total = sum(count(batch, run) for batch in batches)
-        total = float(accelerator.reduce(torch.tensor(total, device=accelerator.device)))
-        for piece, batch in enumerate(batches):
-            batch = send_to_device(batch, accelerator.device)
-            last = piece == len(batches) - 1  # ranks exchange gradients once a step
-            with nullcontext() if last else accelerator.no_sync(model):
-                for name, loss, metrics in make_losses(model, batch, total, run):
-                    accelerator.backward(loss * ranks)  # DDP averages; ours is a share of a sum
-                    log.add(name, float(loss.detach()) * ranks, metrics)
-        for name, optimizer in optimizers.items():
-            log.add(name, None, {f"{name}_gradient": clip(optimizer, run.clip)})
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        log.step_done(step + 1)
-        if accelerator.is_main_process and parts.preview and due(run.preview_every, step, run):
-            log.write(step + 1, preview(parts, out, step + 1))
-        if accelerator.is_main_process and due(run.save_every, step, run):
-            save_checkpoint(out, parts.model, optimizers, step + 1)
-    if accelerator.is_main_process:
-        parts.model.eval()
-        if parts.save:
-            parts.save(out)
-        (out / "done").write_text("")
-        save_checkpoint(out, None, {}, 0)
-    accelerator.wait_for_everyone()
-    return out
+def cut(drawn: list[tuple[Origin, Any]], parts: Parts, run: Run) -> list[Piece]:
+    """A rank's samples of a step as at most `run.accumulate` pieces, of rows of like length.
+
+    With `run.packing` a row holds several samples. Nothing is carried over to the next step, so
+    the samples of a step, and its loss, are those of a run without packing.
+    """
+    size = parts.size
+    sizes = [size(item) if size else 0 for _, item in drawn]
+    rows = pack(sizes, run.packing) if run.packing else [[k] for k in range(len(drawn))]
+    lengths = [sum(sizes[k] for k in row) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    found = []
+    for part in pieces(order, run.accumulate, lengths.__getitem__ if size else None):
+        items = [[drawn[k][1] for k in rows[r]] for r in part]
+        if run.packing:
+            assert parts.pack is not None
+            batch = parts.pack(items)
+        else:
+            batch = parts.collate([row[0] for row in items])
+        filled = sum(lengths[r] for r in part)
+        room = len(part) * max(lengths[r] for r in part)
+        found.append(Piece(batch, [drawn[k][0] for r in part for k in rows[r]], filled, room))
+    return found
+
+
+def not_finite(step: int, wrong: list[Origin], out: Path) -> str:
+    """What to tell of step `step` (from 0), in which the loss of the samples `wrong` is NaN."""
+    places: dict[str, list[int]] = {}
+    for name, index in wrong:
+        places.setdefault(name, []).append(index)
+    which = "; ".join(f"{name} {', '.join(map(str, sorted(i)))}" for name, i in places.items())
+    what = f"the loss of these samples: {which}" if wrong else "the gradient"
+    return (
+        f"in step {step + 1} a number is not finite in {what}. The weights before it are in "
+        f"{out}/checkpoint-{step}; a lower rate or another precision may help"
+    )
+
+
+class Signal:
+    """Inside, SIGTERM is noted instead of ending the process."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self.seen = False
+        self.mine = threading.current_thread() is threading.main_thread()
+        if self.mine:
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return lambda: self.seen
+
+    def __exit__(self, *error: Any) -> None:
+        if self.mine:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = True
 
 
 def check_same_run(out: Path, run: Run) -> None:
     """Refuse to go on with, or to take for finished, what another run has begun in `out`."""
     if not (out / "run.json").exists():
         return
-    there, here = json.loads((out / "run.json").read_text()), json.loads(json.dumps(run.record()))
-    free = {"out", "log_every", "preview_every", "save_every"}
+    unset = dataclasses.replace(run, **defaults_of(Run)).record()  # of fields newer than run.json
+    there = {**unset, **json.loads((out / "run.json").read_text())}
+    there, here = (json.loads(json.dumps(record)) for record in (there, run.record()))
+    free = {"out", "log_every", "preview_every", "save_every", "tensorboard", "shard", "recompute"}
     free |= set() if (out / "done").exists() else {"steps"}
     for key in sorted(set(here) - free):
         if there.get(key) != here[key]:
@@ -143,10 +278,15 @@ def check_same_run(out: Path, run: Run) -> None:
             )
 
 
-def note_left_out(out: Path, source: str, reason: str) -> None:
-    """A line in left_out.txt for a row of data that could not be read."""
-    with (out / "left_out.txt").open("a", encoding="utf-8") as file:
-        file.write(f"{source}: {reason}\n")
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that have a default, with it."""
+    found = {}
+    for f in dataclasses.fields(kind):
+        if f.default is not dataclasses.MISSING:
+            found[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            found[f.name] = f.default_factory()
+    return found
 
 
 def setup(run: Run) -> Parts:
@@ -161,6 +301,8 @@ def setup(run: Run) -> Parts:
 def make_optimizers(model: nn.Module, run: Run) -> dict[str, Optimizer]:
     """One AdamW for each named list of rates. Parameters that no list trains are frozen.
 
+    With `run.lora` an adapter has the rate of the weight that it changes, and all else is frozen.
+
     With `run.optimizer` "muon", the matrices inside transformer layers go to a Muon "NAME_matrices"
     instead (Moonlight, arXiv 2502.16982: its updates have AdamW's size, so one rate suits both).
     """
@@ -170,7 +312,8 @@ def make_optimizers(model: nn.Module, run: Run) -> dict[str, Optimizer]:
     # (plan, in a Muon) -> (rate, weight decay) -> parameters
     chosen: dict[tuple[str, bool], dict[tuple[float, float], list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        rates = {plan: rate_of(name, plans[plan]) for plan in plans}
+        learns = adapted_name(name) if run.lora else name
+        rates = {plan: rate_of(learns, plans[plan]) if learns else None for plan in plans}
         plan = next((plan for plan, rate in rates.items() if rate is not None), None)
         parameter.requires_grad_(plan is not None)
         if plan is not None:
@@ -221,7 +364,8 @@ def set_rate(optimizer: Optimizer, factor: float) -> None:
 def clip(optimizer: Optimizer, limit: float) -> float:
     """Clip the norm over all of an optimizer's gradients (0: never); returns the norm before."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def due(every: int, step: int, run: Run) -> bool:
@@ -239,60 +383,3 @@ def preview(parts: Parts, out: Path, step: int) -> dict[str, float]:
         metrics = parts.preview(out, step) if parts.preview else None
     parts.model.train()
     return metrics or {}
-
-
-class Log:
-    """Means over `log_every` steps to log.jsonl, and to a progress bar or plain lines.
-
-    A metric is a number (mean over losses) or a pair (sum, count), pooled.
-    """
-
-    def __init__(self, out: Path, run: Run, start: int, shown: bool):
-        self.path, self.every, self.shown = out / "log.jsonl", run.log_every, shown
-        self.sums: dict[str, list[float]] = {}
-        self.last_step, self.clock = start, time.perf_counter()
-        self.bar = tqdm(
-            total=run.steps, initial=start, desc=out.name, disable=None if shown else True
-        )
-
-    def timed(self, name: str, call: Callable[[], Any]) -> Any:
-        """`call()`, and its share of the time under `name`."""
-        begin = time.perf_counter()
-        result = call()
-        self._pool(name, time.perf_counter() - begin, 0.0)
-        return result
-
-    def add(self, name: str, loss: float | None, metrics: dict[str, Any]) -> None:
-        if loss is not None:
-            self._pool(f"{name}_loss", loss, 0.0)
-        for key, value in metrics.items():
-            total, count = value if isinstance(value, tuple) else (float(value), 1.0)
-            self._pool(key, float(total), float(count))
-
-    def step_done(self, step: int) -> None:
-        self.bar.update(1)
-        if step % self.every and step != self.bar.total:
-            return
-        steps, seconds = step - self.last_step, time.perf_counter() - self.clock
-        waiting = self.sums.pop("waiting", [0.0])[0]
-        means = {key: total / (count or steps) for key, (total, count) in self.sums.items()}
-        means |= {"seconds_a_step": seconds / steps, "waiting": waiting / seconds}
-        self.write(step, means)
-        self.sums, self.last_step, self.clock = {}, step, time.perf_counter()
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        if not metrics or not self.shown:
-            return
-        rounded = {key: float(f"{value:.5g}") for key, value in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **rounded}) + "\n")
-        line = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        if self.bar.disable:
-            print(f"{self.path.parent.name} {step}/{self.bar.total}  {line}", flush=True)
-        else:
-            self.bar.set_postfix_str(line[:120])
-
-    def _pool(self, key: str, total: float, count: float) -> None:
-        pair = self.sums.setdefault(key, [0.0, 0.0])
-        pair[0] += total
-        pair[1] += count
