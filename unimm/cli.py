@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 LONGEST = 1000  # characters of an error line
 MODEL = "a model folder or a Hub id (name/model[@revision]); the bundled one if absent"
-DTYPE = "float32, bfloat16, float16, or auto for that of the files"
+DTYPE = "float32, bfloat16, float16, int8, or auto for that of the files"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,12 @@ def guarded(run: Callable[[], Any]) -> int:
 
 
 def dispatch(argv: list[str]) -> None:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "words") and not any(word.startswith("-") for word in rest):
+        args.words, rest = args.words + rest, []  # key=value words behind an option
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.run(args)
 
 
@@ -88,14 +93,21 @@ def edit(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    from unimm.checkpoints.parts import begun
     from unimm.config import load_recipe, override, run_main
     from unimm.training.trainer import train as train_run
 
     recipe = load_recipe(args.recipe)
-    if hasattr(recipe, "main"):
+    if args.dry_run:
+        from unimm.training.cost import dry_run
+
+        if not hasattr(recipe, "config"):
+            raise ValueError(f"{args.recipe} has no `config`: a run of several has no one cost")
+        print(dry_run(override(recipe.config, args.words)))
+    elif hasattr(recipe, "main"):
         print(run_main(recipe.main, args.words))
     elif hasattr(recipe, "config"):
-        print(train_run(override(recipe.config, args.words)))
+        print(train_run(begun(override(recipe.config, args.words))))
     else:
         raise ValueError(f"{args.recipe} is not a recipe: it has neither `config` nor `main`")
 
@@ -173,6 +185,24 @@ def compare(args: argparse.Namespace) -> None:
     print(run(args.study, args.out))
 
 
+def bench(args: argparse.Namespace) -> None:
+    from unimm.evaluation import bench as speed
+
+    if min(args.rounds, args.steps, *args.batches) < 1:
+        raise ValueError("--rounds, --steps and --batches must be 1 or more")
+    for name, ending in ((args.json, ".json"), (args.chart, ".png")):
+        if name:
+            check_writable(Path(name), folder=False, endings=(ending,))
+    lists = (args.sizes, args.dtypes, args.batches, args.what)
+    found = speed.bench(*lists, rounds=args.rounds, steps=args.steps, model=args.model)
+    if args.json:
+        text = json.dumps(found, indent=1) + "\n"
+        write_whole(Path(args.json), lambda path: path.write_text(text))
+    if args.chart:
+        write_whole(Path(args.chart), lambda path: speed.chart(found, path))
+    print(speed.table(found))
+
+
 def demo(args: argparse.Namespace) -> None:
     from unimm.app import launch
 
@@ -229,6 +259,7 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("train", train, "train as a recipe says")
     p.add_argument("recipe", metavar="RECIPE.py")
     p.add_argument("words", nargs="*", metavar="key=value", help="what to change in the recipe")
+    p.add_argument("--dry-run", action="store_true", help="say what it costs, and do not train")
     p = command("data", check_data, "look at the data of a recipe before training on it")
     p.add_argument("what", choices=["check"])
     p.add_argument("recipe", metavar="RECIPE.py")
@@ -258,6 +289,16 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("compare", compare, "train and evaluate the variants of a study on one budget")
     p.add_argument("study", metavar="STUDY.py")
     p.add_argument("-o", "--out", default="runs/study", help="the folder of runs and tables")
+    p = command("bench", bench, "time drawing and answering against transformers and the floor")
+    p.add_argument("--sizes", nargs="+", default=["tiny", "mid"], help="tiny, mid")
+    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    p.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="pictures a step")
+    p.add_argument("--what", nargs="+", default=["draw"], help="draw, picture, answer")
+    p.add_argument("--rounds", type=int, default=3, help="turns of each")
+    p.add_argument("--steps", type=int, default=16, help="steps of a turn")
+    p.add_argument("--model", metavar="DIR", help="a Hugging Face Janus folder, instead of sizes")
+    p.add_argument("--json", metavar="FILE", help="write the figures there")
+    p.add_argument("--chart", metavar="FILE.png", help="draw the ratios there")
     p = command("demo", demo, "open the demo in a browser")
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=7860)

@@ -13,6 +13,7 @@ from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
 from unimm.data.processor import Message, Processor, to_picture, user
 from unimm.inference.engine import Answer, Engine, Request
+from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
@@ -33,7 +34,7 @@ class UniMM:
         self.model, self.processor = model.eval(), processor
         self.sampling = sampling or {}
         self.folder: Path | None = None  # where a diffusion decoder may lie
-        self.engine = Engine(model, processor)
+        self.engine = (GridEngine if processor.gridded else Engine)(model, processor)
 
     @classmethod
     def from_pretrained(
@@ -41,9 +42,10 @@ class UniMM:
     ) -> "UniMM":
         """Load a model folder or a Hub id (`name/model[@revision]`); None is the bundled model.
 
-        The format is recognised: native, Hugging Face Janus, DeepSeek Janus. device: "auto" (a GPU
-        where there is one), "cpu", "cuda", "mps". dtype: "float32", "bfloat16", "float16", or
-        "auto" for that of the files; the image tokenizer stays in float32.
+        The format is recognised: native, Hugging Face Janus, DeepSeek Janus, Hugging Face Emu3.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "mps". dtype: "float32",
+        "bfloat16", "float16", "auto" for that of the files, or "int8" for the decoder's linear
+        layers (unimm.model.int8), the rest as in the files; the image tokenizer stays in float32.
         """
         target = pick_device(device)
         place = BUNDLED if source is None else source
@@ -207,11 +209,13 @@ class UniMM:
         kind: str = "guidance",
     ) -> Settings:
         default = self.sampling.get(kind, self.sampling.get("guidance", 1.0))
+        top_k = top_k or self.sampling.get("top_k", 0)
         return Settings(default if guidance is None else guidance, temperature, top_k, top_p)
 
     def pictures(self, codes: Sequence[Sequence[int]]) -> list[Image.Image]:
         """The pictures of complete lists of codes."""
-        return [to_picture(p) for p in self.processor.pixels(codes)]
+        dtype = self.model.decoder.norm.weight.dtype
+        return [to_picture(p) for p in self.processor.pixels(codes, dtype)]
 
     def _partial(self, codes: list[int]) -> Image.Image:
         """A picture of the codes so far; what is not drawn yet is light grey."""
@@ -277,6 +281,9 @@ def describe(source: str | Path | None = None) -> str:
     total, codes = sum(counted.values()), counted.get("image_tokenizer", 0)
     grid = d.image_tokenizer.grid(d.drawn_size, d.drawn_size) if d.image_tokenizer else (0, 0)
     sizes = [f"{((total - codes) * size + codes * 4) / 1e6:,.0f} MB" for size in (4, 2)]
+    linear = [m for m in d.model.decoder.modules() if isinstance(m, torch.nn.Linear)]
+    saved = sum(m.weight.numel() - 4 * m.out_features for m in linear)  # a byte, and the scales
+    small = f"{((total - codes) * 2 - saved + codes * 4) / 1e6:,.0f} MB"
     lines = [
         f"model         {source or d.folder}",
         f"format        {d.format}",
@@ -285,11 +292,14 @@ def describe(source: str | Path | None = None) -> str:
         f"decoder       {decoder.layers} layers, {decoder.dim} wide, {decoder.heads} heads "
         f"({decoder.kv_heads} of keys), context {decoder.max_positions}, "
         f"{decoder.vocab_size} words",
-        f"sees          {d.seen_size} x {d.seen_size} pixels as {d.seen_tokens} patches",
+        f"sees          {d.seen_size} x {d.seen_size} pixels as {d.seen_tokens} patches"
+        if d.seen_tokens
+        else "sees          pictures as codes",
         f"draws         {d.drawn_size} x {d.drawn_size} pixels as {grid[0] * grid[1]} codes "
         f"of {config.codebook_size}",
         f"parameters    {total:,}",
         *(f"  {name:<16}{count:,}" for name, count in counted.items()),
-        f"memory        {sizes[0]} in float32, {sizes[1]} in bfloat16 or float16",
+        f"memory        {sizes[0]} in float32, {sizes[1]} in bfloat16 or float16, "
+        f"{small} with the decoder in int8",
     ]
     return "\n".join(lines)

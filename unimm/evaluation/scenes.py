@@ -264,7 +264,8 @@ def draw(
             sample = processor.unguided(sample) if blind else sample
             requests.append(Request(sample, "image", seed + start + k))
         answers = model.engine.run(requests, settings)
-        pixels = processor.pixels([answer.codes for answer in answers])
+        dtype = model.model.decoder.norm.weight.dtype
+        pixels = processor.pixels([answer.codes for answer in answers], dtype)
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         yield from levels.permute(0, 2, 3, 1).numpy()
 

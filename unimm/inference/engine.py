@@ -1,18 +1,25 @@
 """The one generation loop: words and pictures, one slot at a time, through one cache.
 
-Both guidance branches are rows of one batch; prompts of different lengths are padded on the right
-and masked by the cache; of the two heads only the one that is needed is evaluated.
+Requests of any length, kind and settings share a step; both guidance branches are rows of it, and
+a request that is finished leaves its rows. Of the two heads only the one that is needed is
+evaluated. With a window, a step tries several codes of each picture: the noise of a code is a
+function of (seed, place, code), so a guess that comes out as guessed is what one code at a time
+would have given (coupled Jacobi decoding, arXiv 2410.01699 without its randomness).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unimm.data.processor import Processor, Sample
-from unimm.inference.sampling import Settings, choose, guide
+from unimm.inference.prefill import Prompts, place, slot_keys
+from unimm.inference.sampling import Settings, choose
+from unimm.inference.stepper import Stepper
+from unimm.model.decoder import KVCache
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
 MAX_IMAGES = 4  # pictures that one free answer may hold
@@ -54,15 +61,23 @@ class Answer:
 
 
 class Engine:
-    """Runs requests on a model. One object a model; holds no state between calls."""
+    """Runs requests on a model: a call at a time (`run`, `stream`) or as they come (`add`, `step`).
 
-    def __init__(self, model: UnifiedModel, processor: Processor):
-        self.model, self.processor = model.eval(), processor
+    What a request gets depends on its seed alone, not on what else is under way. `window`: codes
+    that one step may try at once (exact parallel decoding); 1 is best on a CPU.
+    """
+
+    def __init__(self, model: UnifiedModel, processor: Processor, window: int = 1):
+        self.model, self.processor, self.window = model.eval(), processor, window
         t = processor.template
         allowed = torch.from_numpy(processor.is_word(np.arange(model.config.decoder.vocab_size)))
         allowed[t.end_of_turn] = True
         self._never = {"text": ~allowed}
         self._never["any"] = ~allowed.index_fill(0, torch.tensor([t.begin_image]), True)
+        self._stepper = Stepper(model)
+        self._prompts = Prompts(model, processor)
+        self._pool: _Pool | None = None
+        self._count = 0
 
     def run(self, requests: Sequence[Request], settings: Settings) -> list[Answer]:
         """All requests to their end."""
@@ -73,137 +88,312 @@ class Engine:
 
     @torch.inference_mode()
     def stream(self, requests: Sequence[Request], settings: Settings) -> Iterator[list[Answer]]:
-        """Yields the answers (the same objects, growing) after every slot.
+        """Yields the answers (the same objects, growing) after every step.
 
         Raises ValueError where a prompt leaves no room in the context for its answer.
         """
-        rows = _Rows(self, requests, settings)
-        hidden = rows.prefill()  # (R, D): the last slot of each row
-        while not rows.done:
-            ids, kinds = rows.next_slots(hidden)
-            yield rows.answers
-            if not rows.done:
-                hidden = rows.advance(ids, kinds)
+        pool = _Pool(self)
+        jobs = [_Job(self, request, settings) for request in requests]
+        pool.waiting += list(enumerate(jobs))
+        while pool.busy:
+            pool.step()
+            yield [job.answer for job in jobs]
+
+    def add(self, request: Request, settings: Settings) -> int:
+        """Queue a request; the next `step` takes it in. Returns its id.
+
+        Raises ValueError where its prompt leaves no room in the context for its answer.
+        """
+        if self.processor.gridded:
+            raise ValueError("a model that draws on a grid takes a call at a time: use run")
+        self._pool = self._pool or _Pool(self)
+        self._count += 1
+        self._pool.waiting.append((self._count, _Job(self, request, settings)))
+        return self._count
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, Answer]:
+        """One slot more for every request under way: their answers by id, the finished ones too."""
+        return {} if self._pool is None else self._pool.step()
+
+    @torch.inference_mode()
+    def cancel(self, request: int) -> None:
+        """Forget a request, queued or under way; an id that is not there is no error."""
+        if self._pool is not None:
+            self._pool.drop([request])
 
 
-class _Rows:
-    """The requests of one call while they run: N requests, R = N or 2 N rows with guidance."""
+class _Job:
+    """A request under way: what it has got, and what it may still get."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], settings: Settings):
-        self.model, self.processor, self.settings = engine.model, engine.processor, settings
-        self.never, self.requests = engine._never, requests
+    def __init__(self, engine: Engine, request: Request, settings: Settings):
+        self.request, self.settings, self.answer = request, settings, Answer()
+        self.guided = settings.guidance != 1 and request.mode != "text"
+        self.drawing = request.mode == "image"
+        self.drawn = 0  # codes of the picture under way
+        self.pictures = int(self.drawing)
+        self.written = 0  # text tokens so far
+        self.rows: list[int] = []  # of the cache: the prompt's, and the unguided prompt's
+        self.draft: list[int] = []  # guesses of codes `drawn` and on
+        self.fed: list[tuple[int, int]] = []  # ids and kinds that followed the prompt
         self.template = engine.processor.template
-        self.count = len(requests)
-        self.guided = settings.guidance != 1 and any(r.mode != "text" for r in requests)
-        self.answers = [Answer() for _ in requests]
-        self.drawing = [r.mode == "image" for r in requests]
-        self.drawn = [0] * self.count  # codes of the picture under way
-        self.pictures = [int(r.mode == "image") for r in requests]
-        self.written = [0] * self.count  # text tokens so far
-        self.device = self.model.decoder.norm.weight.device
-        self.seeds = torch.tensor([r.seed for r in requests], device=self.device)
-        draws = any(r.mode != "text" for r in requests)
-        self.per_image = self.processor.codes_per_image if draws else 0
-
-    @property
-    def done(self) -> bool:
-        return all(answer.done for answer in self.answers)
-
-    def prefill(self) -> Tensor:
-        samples = [r.sample for r in self.requests]
-        if self.guided:
-            samples += [self.processor.unguided(s) for s in samples]
-        batch = self.processor.collate(samples).to(self.device)
-        lengths = torch.tensor([len(s) for s in samples], device=self.device)
-        longest = max(len(s) for s in samples)
-        context = self.model.config.decoder.max_positions
-        needed = longest + (self.per_image if any(self.drawing) else 1)
-        if needed > context:
+        self.per_image = engine.processor.codes_per_image if request.mode != "text" else 0
+        length, context = len(request.sample), engine.model.config.decoder.max_positions
+        least = self.per_image if self.drawing else 1
+        if length + least > context:
             raise ValueError(
-                f"the prompt takes {longest} slots and its answer at least {needed - longest}; "
+                f"the prompt takes {length} slots and its answer at least {least}; "
                 f"the context of this model has {context}: shorten the prompt"
             )
-        free = any(r.mode == "any" for r in self.requests)
-        budget = self.per_image if any(self.drawing) else 0
-        if not all(r.mode == "image" for r in self.requests):
-            budget += self.settings.max_text + MAX_IMAGES * (self.per_image + 2) * free
-        self.cache = self.model.decoder.new_cache(len(samples), min(context, longest + budget))
-        hidden = self.model.decoder(self.model.embed(batch), batch.positions, cache=self.cache)
-        self.cache.advance(lengths)
-        self.room = self.cache.capacity - longest
-        return hidden[torch.arange(len(samples), device=self.device), lengths - 1]
+        budget = self.per_image if self.drawing else settings.max_text
+        budget += MAX_IMAGES * (self.per_image + 2) * (request.mode == "any")
+        self.limit = min(context, length + budget)  # slots of its rows
+        self.room = self.limit - length
 
-    def next_slots(self, hidden: Tensor) -> tuple[list[int], list[int]]:
-        """The next slot of every request (id and kind), noted in its answer."""
-        self.room -= 1
-        going = [i for i in range(self.count) if not self.answers[i].done]
-        drawing = [i for i in going if self.drawing[i] and self.drawn[i] < self.per_image]
-        ids, kinds = [0] * self.count, [TEXT] * self.count
-        for i, code in zip(drawing, self._codes(hidden, drawing), strict=True):
-            ids[i], kinds[i] = code, CODE
-            self.answers[i].add(CODE, code, new=self.drawn[i] == 0)
-            self.drawn[i] += 1
-            if self.requests[i].mode == "image" and self.drawn[i] == self.per_image:
-                self.answers[i].done = True
-        writing = [i for i in going if not self.drawing[i]]
-        for i, word in zip(writing, self._words(hidden, writing), strict=True):
-            ids[i] = word
-            self._note_word(i, word)
-        for i in set(going) - set(drawing) - set(writing):  # a picture is complete
-            ids[i], self.drawing[i] = self.template.end_image, False
-        return ids, kinds
+    def left(self) -> int:
+        """Codes of the picture under way that are to come; 0 while words are written."""
+        return self.per_image - self.drawn if self.drawing else 0
 
-    def advance(self, ids: list[int], kinds: list[int]) -> Tensor:
-        """One step of the decoder for all rows; (R, D)."""
-        branches = 2 if self.guided else 1
-        shape = (len(ids) * branches, 1)
-        slot = torch.tensor(ids * branches, device=self.device).view(shape)
-        kind = torch.tensor(kinds * branches, device=self.device).view(shape)
-        x = self.model.embed_ids(slot, kind)  # (R, 1, D)
-        hidden = self.model.decoder(x, self.cache.length[:, None], cache=self.cache)
-        self.cache.advance(1)
-        return hidden[:, 0]
-
-    def _codes(self, hidden: Tensor, rows: list[int]) -> list[int]:
-        if not rows:
-            return []
-        s = self.settings
-        logits = self.model.logits(self._pick(hidden, rows), CODE).float()
-        if self.guided:
-            other = self._pick(hidden[self.count :], rows)
-            logits = guide(logits, self.model.logits(other, CODE).float(), s.guidance)
-        positions = torch.tensor([self.drawn[i] for i in rows], device=self.device)
-        seeds = self._pick(self.seeds, rows)
-        return choose(logits, seeds, positions, s.temperature, s.top_k, s.top_p).tolist()
-
-    def _words(self, hidden: Tensor, rows: list[int]) -> list[int]:
-        if not rows:
-            return []
-        logits = self.model.logits(self._pick(hidden, rows), TEXT).float()
-        never = [self.never["any" if self._may_draw(i) else "text"].to(self.device) for i in rows]
-        logits = logits.masked_fill(torch.stack(never), -torch.inf)
-        positions = torch.tensor([self.written[i] for i in rows], device=self.device)
-        seeds = self._pick(self.seeds, rows)
-        return choose(logits, seeds, positions, self.settings.text_temperature, stream=1).tolist()
-
-    def _note_word(self, i: int, word: int) -> None:
-        answer = self.answers[i]
-        if word == self.template.begin_image:
-            self.drawing[i], self.drawn[i] = True, 0
-            self.pictures[i] += 1
-        elif word == self.template.end_of_turn:
-            answer.done = True
-        else:
-            answer.add(TEXT, word)
-        self.written[i] += 1
-        if self.written[i] >= self.settings.max_text or self.room <= 0:
-            answer.done = answer.done or not self.drawing[i]
-
-    def _may_draw(self, i: int) -> bool:
-        """Whether request i may begin a picture now: allowed, and with room for all its codes."""
+    def may_draw(self) -> bool:
+        """Whether it may begin a picture now: allowed, and with room for all its codes."""
         fits = self.room > self.per_image + 1
-        return self.requests[i].mode == "any" and self.pictures[i] < MAX_IMAGES and fits
+        return self.request.mode == "any" and self.pictures < MAX_IMAGES and fits
 
-    def _pick(self, values: Tensor, rows: list[int]) -> Tensor:
-        """The given rows of a (R, …) tensor, without a copy where that is the first N."""
-        return values[: self.count] if len(rows) == self.count else values[rows]
+    def add_code(self, code: int) -> tuple[int, int]:
+        self.answer.add(CODE, code, new=self.drawn == 0)
+        self.drawn += 1
+        if self.request.mode == "image" and self.drawn == self.per_image:
+            self.answer.done = True
+        return self._follow(code, CODE)
+
+    def end_image(self) -> tuple[int, int]:
+        self.drawing = False
+        return self._follow(self.template.end_image, TEXT)
+
+    def add_word(self, word: int, settings: Settings) -> tuple[int, int]:
+        slot = self._follow(word, TEXT)
+        if word == self.template.begin_image:
+            self.drawing, self.drawn = True, 0
+            self.pictures += 1
+        elif word == self.template.end_of_turn:
+            self.answer.done = True
+        else:
+            self.answer.add(TEXT, word)
+        self.written += 1
+        if self.written >= settings.max_text or self.room <= 0:
+            self.answer.done = self.answer.done or not self.drawing
+        return slot
+
+    def _follow(self, token: int, kind: int) -> tuple[int, int]:
+        self.room -= 1
+        self.fed.append((token, kind))
+        return token, kind
+
+
+class _Pool:
+    """Jobs that share steps. Their rows are the first of one cache, without gaps."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.stepper = engine, engine._stepper
+        self.jobs: dict[int, _Job] = {}
+        self.waiting: list[tuple[int, _Job]] = []
+        self.cache: KVCache | None = None
+        self.next: dict[int, tuple[int, int]] = {}  # by job: the slot that goes in next, and kind
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs or self.waiting)
+
+    def step(self) -> dict[int, Answer]:
+        """Advance what is under way, take in what waits, and choose a slot (or more) for each."""
+        if not self.jobs and self.stepper.refresh():
+            self.engine._prompts.kept = None
+        hidden: dict[int, list[Tensor]] = {}  # by job and branch: (window, D)
+        window = 1
+        if self.jobs:
+            window = self._window()
+            hidden |= self._advance(window)
+        if self.waiting:
+            hidden |= self._admit()
+        answers = {name: job.answer for name, job in self.jobs.items()}
+        self._choose(hidden)
+        done = [name for name, job in self.jobs.items() if job.answer.done]
+        self._keep(done)
+        self.drop(done)
+        return answers
+
+    def drop(self, names: Sequence[int]) -> None:
+        """Forget jobs; rows from the end move into the places of theirs."""
+        self.waiting = [(name, job) for name, job in self.waiting if name not in names]
+        gone = {row for name in names if name in self.jobs for row in self.jobs[name].rows}
+        for name in names:
+            self.jobs.pop(name, None)
+            self.next.pop(name, None)
+        if not gone or self.cache is None:
+            return
+        kept = [row for row in range(self.cache.rows) if row not in gone]
+        holes = sorted(row for row in gone if row < len(kept))
+        movers = [row for row in kept if row >= len(kept)]
+        moved = dict(zip(movers, holes, strict=True))
+        if moved:
+            place(self.cache, holes, self.cache, movers)
+        for job in self.jobs.values():
+            job.rows = [moved.get(row, row) for row in job.rows]
+        self.cache = first_rows(self.cache, len(kept))
+
+    def _window(self) -> int:
+        """How many codes of each job to try: one, unless all draw."""
+        if self.engine.window == 1:
+            return 1
+        return max(1, min(self.engine.window, *(job.left() for job in self.jobs.values())))
+
+    def _admit(self) -> dict[int, list[Tensor]]:
+        """Prefill what waits. Its last hidden states by job, (1, D) a branch."""
+        names, jobs = [n for n, _ in self.waiting], [job for _, job in self.waiting]
+        self.waiting = []
+        samples = [job.request.sample for job in jobs]
+        plan = [job for job in jobs if job.guided]
+        samples += [self.engine.processor.unguided(job.request.sample) for job in plan]
+        limit = max(job.limit for job in jobs)
+        begin = 0 if self.cache is None else self.cache.rows
+        if self.cache is not None and begin:
+            limit = max(limit, self.cache.capacity)
+        filled, last = self.engine._prompts.fill(samples, limit)
+        if self.cache is None or not begin:
+            self.cache = filled
+        else:
+            self.cache = joined(self.cache, filled)
+        for k, job in enumerate(jobs):
+            job.rows = [begin + k]
+        for k, job in enumerate(plan):
+            job.rows.append(begin + len(jobs) + k)
+        self.jobs.update(zip(names, jobs, strict=True))
+        return {
+            name: [last[row - begin, None] for row in job.rows]
+            for name, job in zip(names, jobs, strict=True)
+        }
+
+    def _advance(self, window: int) -> dict[int, list[Tensor]]:
+        """The chosen slots, and guesses behind them, through the decoder: (window, D) a branch."""
+        assert self.cache is not None
+        ids, kinds = [0] * self.cache.rows * window, [TEXT] * self.cache.rows * window
+        for name, job in self.jobs.items():
+            token, kind = self.next[name]
+            guesses = (job.draft + [job.draft[-1] if job.draft else token] * window)[: window - 1]
+            job.draft = guesses
+            for row in job.rows:
+                ids[row * window : (row + 1) * window] = [token, *guesses]
+                kinds[row * window : (row + 1) * window] = [kind, *[CODE] * (window - 1)]
+        device = self.stepper.device
+        x = self.stepper.embed(torch.tensor(ids, device=device), kinds)  # (R * window, D)
+        hidden = self.stepper.forward(x, self.cache, window).view(-1, window, x.shape[-1])
+        if window == 1:
+            self.cache.advance(1)
+        return {name: [hidden[row] for row in job.rows] for name, job in self.jobs.items()}
+
+    def _choose(self, hidden: dict[int, list[Tensor]]) -> None:
+        """The next slots of every job: words and codes of all with the same settings together."""
+        drawing: dict[Any, list[int]] = {}
+        writing: dict[Any, list[int]] = {}
+        for name in hidden:
+            job = self.jobs[name]
+            if not job.drawing:
+                writing.setdefault(job.settings, []).append(name)
+            elif job.left():
+                drawing.setdefault((job.settings, len(hidden[name][0])), []).append(name)
+            else:
+                self.next[name] = job.end_image()
+        accepted: dict[int, int] = {}
+        for (settings, _), names in drawing.items():
+            for name, codes in zip(names, self._codes(names, hidden, settings), strict=True):
+                accepted[name] = self._accept(name, codes)
+        for settings, names in writing.items():
+            for name, word in zip(names, self._words(names, hidden, settings), strict=True):
+                self.next[name] = self.jobs[name].add_word(word, settings)
+        self._settle(hidden, accepted)
+
+    def _accept(self, name: int, codes: list[int]) -> int:
+        """Codes chosen in a window: those whose predecessors were guessed right count."""
+        job, right = self.jobs[name], 1
+        while right < len(codes) and job.draft[right - 1] == codes[right - 1]:
+            right += 1
+        for code in codes[:right]:
+            self.next[name] = job.add_code(code)
+        job.draft = codes[right:]
+        return right
+
+    def _settle(self, hidden: dict[int, list[Tensor]], accepted: dict[int, int]) -> None:
+        """After a window, each row of the cache keeps the slots that were right."""
+        if self.cache is None or not any(len(h[0]) > 1 for h in hidden.values()):
+            return
+        counts = torch.zeros(self.cache.rows, dtype=torch.int64)
+        for name, branches in hidden.items():
+            if len(branches[0]) > 1:
+                counts[self.jobs[name].rows] = accepted[name]
+        self.cache.advance(counts.to(self.cache.length.device))
+
+    def _codes(
+        self, names: list[int], hidden: dict[int, list[Tensor]], s: Settings
+    ) -> list[list[int]]:
+        """The codes of jobs with settings `s`: as many each as hidden states (the window)."""
+        jobs = [self.jobs[name] for name in names]
+        window = len(hidden[names[0]][0])
+        guided = jobs[0].guided
+        branches = [hidden[name][0] for name in names]
+        branches += [hidden[name][1] for name in names] if guided else []
+        logits = self.stepper.logits(torch.cat(branches), CODE)  # (N * window [* 2], K)
+        own, other = logits.chunk(2) if guided else (logits, None)
+        seeds = [job.request.seed for job in jobs for _ in range(window)]
+        places = [job.drawn + k for job in jobs for k in range(window)]
+        chosen = self.stepper.choose(
+            own, other, s.guidance, seeds, places, s.temperature, s.top_k, s.top_p
+        )
+        return [chosen[k : k + window] for k in range(0, len(chosen), window)]
+
+    def _words(self, names: list[int], hidden: dict[int, list[Tensor]], s: Settings) -> list[int]:
+        jobs = [self.jobs[name] for name in names]
+        logits = self.stepper.logits(torch.cat([hidden[name][0] for name in names]), TEXT)
+        device = logits.device
+        never = [self.engine._never["any" if job.may_draw() else "text"] for job in jobs]
+        logits = logits.masked_fill(torch.stack(never).to(device), -torch.inf)
+        seeds = torch.tensor([job.request.seed for job in jobs], device=device)
+        places = torch.tensor([job.written for job in jobs], device=device)
+        return choose(logits, seeds, places, s.text_temperature, stream=1).tolist()
+
+    def _keep(self, done: list[int]) -> None:
+        """Of a conversation on its own that may go on, keep its row for the next turn."""
+        if len(self.jobs) != 1 or self.cache is None:
+            return
+        for name in done:
+            job = self.jobs[name]
+            if job.request.mode == "any" and not self.waiting:
+                fed = np.array([i + (kind << 40) for i, kind in job.fed], dtype=np.int64)
+                keys = np.concatenate([slot_keys(job.request.sample), fed])
+                length = int(self.cache.length[job.rows[0]])
+                row = self.engine.model.decoder.new_cache(1, length)
+                place(row, [0], self.cache, job.rows[:1])
+                self.engine._prompts.kept = keys[:length], row
+
+
+def first_rows(cache: KVCache, count: int) -> KVCache:
+    """The first rows of a cache, in the same memory."""
+    view = KVCache.__new__(KVCache)
+    view.k, view.v = [k[:count] for k in cache.k], [v[:count] for v in cache.v]
+    view.capacity, view.length = cache.capacity, cache.length[:count]
+    view._measure()
+    view._slots = None
+    return view
+
+
+def joined(a: KVCache, b: KVCache) -> KVCache:
+    """A new cache with the rows of both, as roomy as the roomier."""
+    both = KVCache.__new__(KVCache)
+    both.capacity = max(a.capacity, b.capacity)
+    shape = (a.rows + b.rows, a.k[0].shape[1], both.capacity, a.k[0].shape[3])
+    both.k = [k.new_zeros(shape) for k in a.k]
+    both.v = [v.new_zeros(shape) for v in a.v]
+    both.length = a.length.new_zeros(shape[0])
+    both._slots = None
+    place(both, range(a.rows), a, range(a.rows))
+    place(both, range(a.rows, shape[0]), b, range(b.rows))
+    return both

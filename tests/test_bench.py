@@ -1,0 +1,63 @@
+"""The bench on a model of no size: the figures are consistent, the two sides are one model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from unimm import cli
+from unimm.evaluation import bench
+
+SMALL = bench.Size(64, 2, 2, 96, 128, 64, 64, 32, (32, 1, 2))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "tiny", SMALL)
+
+
+def test_every_row_has_its_figures(small, tmp_path, capsys):
+    out, chart = tmp_path / "bench.json", tmp_path / "bench.png"
+    words = "bench --sizes tiny --dtypes float32 --batches 2 --what draw answer --rounds 1"
+    assert (
+        cli.main([*words.split(), "--steps", "3", "--json", str(out), "--chart", str(chart)]) == 0
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["what"], r.get("part")) for r in rows] == [
+        ("draw", None), ("answer", "first"), ("answer", "further"),
+    ]  # fmt: skip
+    for row in rows:
+        times = row["transformers"]
+        assert set(times) == {f"{c}, {a}" for c in bench.CACHES for a in bench.ATTENTION}
+        assert row["best"] == min(times, key=times.get)
+        assert row["ratio"] == pytest.approx(times[row["best"]] / row["unimm"])
+        assert row["unimm"] > 0 and min(times.values()) > 0
+    assert rows[0]["agreement"] == 1.0 and rows[0]["share"] > 0
+    assert Image.open(chart).size[0] > 500
+    assert capsys.readouterr().out.count("tiny") == 3
+
+
+def test_both_sides_answer_alike_and_draw_alike(small):
+    pair = bench.random_pair(SMALL, torch.float32)
+    ids = bench.prompts(pair, 2, bench.PROMPT)
+    assert bench.agreement(pair, ids, 16) == 1.0
+    with torch.no_grad():
+        pair.engine.model.code_embed.weight.add_(1)  # the bench would see it
+    assert bench.agreement(pair, ids, 16) < 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "mid"])
+def test_greedy_codes_are_those_of_transformers(name):
+    """Every code of a tiny picture, 64 of a mid one, in float32."""
+    pair = bench.random_pair(bench.SIZES[name], torch.float32)
+    assert bench.agreement(pair, bench.prompts(pair, 1, bench.PROMPT), 64) == 1.0
+
+
+@pytest.mark.parametrize(
+    "words", ["--sizes huge", "--dtypes int3", "--what sleep", "--rounds 0", "--batches 0"]
+)
+def test_wrong_words_end_in_one_line(words, capsys):
+    assert cli.main(["bench", *words.split()]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

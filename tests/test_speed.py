@@ -1,0 +1,314 @@
+"""What makes the engine fast must not change what it gives: kernel, sharing, batching, windows."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from unimm.data.processor import Sample, assistant, user
+from unimm.evaluation.bench import start_peak
+from unimm.inference import kernel, stepper
+from unimm.inference.engine import Engine, Request
+from unimm.inference.prefill import Prompts, common, grouped, slot_keys
+from unimm.inference.sampling import Settings, choose
+from unimm.model.int8 import quantize_decoder
+
+PROMPTS = ["a red circle", "a blue star above a green ring", "x", "a red circle", "a red cross"]
+NEEDS_KERNEL = pytest.mark.skipif(kernel.load_library() is None, reason="no C++ compiler")
+SHAPES = [
+    {},
+    {"qk_norm": True, "attention_bias": True, "mlp_bias": True},
+    {"heads": 2, "kv_heads": 1, "head_dim": 64},
+]
+
+
+def drawn(engine, settings, count=5):
+    processor = engine.processor
+    requests = [
+        Request(processor.encode([user(p)], "image"), "image", 3 + k)
+        for k, p in enumerate(PROMPTS[:count])
+    ]
+    return [answer.codes for answer in engine.run(requests, settings)]
+
+
+def by_torch(model, processor):
+    """An engine that has no kernel."""
+    engine = Engine(model, processor)
+    engine._stepper._signature = kernel.signature(model)
+    assert engine._stepper.kernel is None
+    return engine
+
+
+def lively(model):
+    """Biases and norms that matter."""
+    with torch.no_grad():
+        for name, p in model.decoder.named_parameters():
+            if p.ndim == 1:
+                p.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return model
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("few", [0, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_gives_the_tokens_of_torch(shape, few, monkeypatch):
+    monkeypatch.setitem(stepper.FEW, torch.float32, few)
+    for pathway in ("decoupled", "shared"):
+        model, processor = tiny_model(pathway, **shape)
+        lively(model)
+        engine = Engine(model, processor)
+        for settings in (Settings(3.0), Settings(1.0, temperature=0.0), Settings(2.0, top_k=9)):
+            codes = drawn(engine, settings)
+            assert engine._stepper.kernel is not None
+            assert codes == drawn(by_torch(model, processor), settings)
+        assert len(set(sum(codes, []))) > 8
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("small", [False, True])
+def test_hidden_states_of_the_kernel(dtype, small):
+    """Rows of different lengths, a window, and weights in every form, against the modules."""
+    model, _ = tiny_model(heads=4, head_dim=16, qk_norm=True)
+    lively(model).to(dtype)
+    if small:
+        quantize_decoder(model)
+    made = kernel.make_kernel(model)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        x = torch.randn(3, 4, 32, dtype=dtype)
+        caches = [model.decoder.new_cache(3, 20) for _ in range(2)]
+        begin = torch.randn(3, 7, 32, dtype=dtype)
+        for cache in caches:
+            model.decoder(begin, torch.arange(7)[None], cache=cache)
+            cache.advance(torch.tensor([7, 3, 5]))
+        slots = caches[0].slots(4)
+        there = model.decoder(x, slots, cache=caches[0]).float()
+        row = torch.arange(3).repeat_interleave(4)
+        here = made.step(x.flatten(0, 1), row, slots.flatten(), caches[1]).view(3, 4, 32)
+        off = (here - there).norm() / there.norm()
+        assert off < (1e-5 if dtype == torch.float32 else 0.03), off
+        k, other = caches[0].k[1][1, :, 3:7].float(), caches[1].k[1][1, :, 3:7].float()
+        assert (k - other).norm() / k.norm() < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@NEEDS_KERNEL
+def test_the_kernel_chooses_what_the_definition_chooses():
+    model, _ = tiny_model()
+    made = kernel.make_kernel(model)
+    torch.manual_seed(0)
+    own, other = torch.randn(2, 40, 1000)
+    seeds, places = torch.arange(40) * 2**29 + 5, torch.arange(40) * 31
+    for temperature in (0.0, 0.7, 1.0):
+        logits = other + 2.5 * (own - other)
+        wanted = choose(logits, seeds, places, temperature).tolist()
+        rows = zip(own, other, seeds.tolist(), places.tolist(), strict=True)
+        assert [made.choose(a, b, 2.5, temperature, s, p) for a, b, s, p in rows] == wanted
+        assert made.choose(own[3], None, 1.0, temperature, 7, 9) == int(
+            choose(own[3:4], torch.tensor([7]), torch.tensor([9]), temperature)
+        )
+
+
+@NEEDS_KERNEL
+def test_a_model_that_goes_on_training_draws_with_its_new_weights():
+    model, processor = tiny_model()
+    engine = Engine(model, processor)
+    before = drawn(engine, Settings(2.0))
+    with torch.no_grad():
+        model.code_embed.weight.mul_(-3)  # what the table was made of
+        model.decoder.norm.weight.mul_(2)  # of which the kernel has a copy
+    after = drawn(engine, Settings(2.0))
+    assert after != before and after == drawn(by_torch(model, processor), Settings(2.0))
+    model.to(torch.float64)  # which the kernel does not take
+    assert drawn(engine, Settings(2.0)) and engine._stepper.kernel is None
+    model.train().float()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, tmp_path, caplog):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: "no-such-compiler")
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    kernel.load_library.cache_clear()
+    try:
+        model, processor = tiny_model()
+        engine = Engine(model, processor)
+        with caplog.at_level(logging.WARNING):
+            codes = drawn(engine, Settings(2.0)) + drawn(Engine(model, processor), Settings(2.0))
+        assert len(caplog.records) == 1 and "no-such-compiler" in caplog.text
+        assert engine._stepper.kernel is None
+    finally:
+        kernel.load_library.cache_clear()
+    assert codes[:5] == drawn(Engine(model, processor), Settings(2.0))
+
+
+@pytest.mark.parametrize("window", [2, 5, 16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_parallel_decoding_equals_one_code_at_a_time(tiny, window, temperature):
+    model, processor = tiny
+    settings = Settings(2.0, temperature)
+    wanted = drawn(Engine(model, processor), settings)
+    assert drawn(Engine(model, processor, window), settings) == wanted
+    torch_alone = by_torch(model, processor)
+    torch_alone.window = window
+    assert drawn(torch_alone, settings) == wanted
+
+
+def test_parallel_decoding_takes_fewer_steps_where_codes_can_be_guessed():
+    model, processor = tiny_model()
+    with torch.no_grad():
+        model.image_head.out.bias[7] = 30  # nearly always the same code
+    engine = Engine(model, processor, window=8)
+    request = Request(processor.encode([user("x")], "image"), "image")
+    assert len(list(engine.stream([request], Settings()))) <= 6
+
+
+def mixed_requests(processor, picture):
+    talks = [("image", "a red circle"), ("text", "what?"), ("any", "draw"), ("image", "x")]
+    return [
+        Request(processor.encode([user(picture, w)], "text" if m != "image" else m), m, 11 + k)
+        for k, (m, w) in enumerate(talks)
+    ]
+
+
+MIXED = [Settings(3.0, max_text=5), Settings(text_temperature=1.0, max_text=9),
+         Settings(2.0, max_text=4), Settings(1.0, top_k=5)]  # fmt: skip
+
+
+def test_a_request_gets_the_same_whatever_else_is_in_the_batch(tiny, picture):
+    model, processor = tiny
+    requests = mixed_requests(processor, picture)
+    alone = [
+        Engine(model, processor).run([r], s)[0].parts for r, s in zip(requests, MIXED, strict=True)
+    ]
+    engine = Engine(model, processor)
+    answers, ids = {}, {}
+    for wave in range(4):  # one joins every third step
+        ids[engine.add(requests[wave], MIXED[wave])] = wave
+        for _ in range(3):
+            answers |= engine.step()
+    while found := engine.step():
+        answers |= found
+    assert {ids[name]: answer.parts for name, answer in answers.items()} == dict(enumerate(alone))
+    assert all(answer.done for answer in answers.values())
+
+
+def test_a_cancelled_request_leaves_the_others_alone(tiny, picture):
+    model, processor = tiny
+    requests = mixed_requests(processor, picture)
+    wanted = Engine(model, processor).run([requests[3]], MIXED[3])[0].codes
+    engine = Engine(model, processor)
+    first, queued, kept = (engine.add(requests[k], MIXED[k]) for k in (0, 1, 3))
+    engine.cancel(queued)
+    engine.cancel(99)
+    seen = [engine.step() for _ in range(5)]
+    assert set(seen[0]) == {first, kept}
+    engine.cancel(first)
+    while found := engine.step():
+        seen.append(found)
+    assert set(seen[5]) == {kept} and seen[-1][kept].codes == wanted
+    assert len(seen[0][first].codes) == 5
+
+
+def test_a_prompt_that_does_not_fit_is_refused_when_it_is_added():
+    model, processor = tiny_model(max_positions=40)
+    processor.max_length = 40
+    sample = processor.encode([user("a" * 25)], "image")
+    with pytest.raises(ValueError, match="context"):
+        Engine(model, processor).add(Request(sample, "image"), Settings())
+
+
+def test_samples_of_one_prompt_and_questions_on_one_picture_share_a_prefill(tiny, picture):
+    model, processor = tiny
+    other = np.flip(picture).copy()
+    talks = [(picture, "what color is it?"), (other, "what?"), (picture, "how many stars?"),
+             (picture, "what color is it?"), (other, "how many?")]  # fmt: skip
+    samples = [processor.encode([user(p, w)], "text") for p, w in talks]
+    together = Prompts(model, processor)
+    with torch.inference_mode():
+        cache, hidden = together.fill(samples, 120)
+        for k, sample in enumerate(samples):
+            single, last = Prompts(model, processor).fill([sample], 120)
+            n = len(sample)
+            assert int(cache.length[k]) == n
+            assert torch.allclose(hidden[k], last[0], atol=1e-4)
+            for a, b in zip(cache.k + cache.v, single.k + single.v, strict=True):
+                assert torch.allclose(a[k, :, :n], b[0, :, :n], atol=1e-4)
+    shared = common(slot_keys(samples[0]), slot_keys(samples[2]))
+    assert shared >= processor.codes_per_image
+    unique = {s.ids.tobytes() + slot_keys(s).tobytes(): len(s) for s in samples}
+    assert len(unique) == 4 and together.computed < sum(unique.values()) - 20
+
+
+def test_pictures_that_differ_share_nothing_of_themselves(picture):
+    _, processor = tiny_model()
+    other = picture.copy()
+    other[0, 0, 0] ^= 255
+    keys = [slot_keys(processor.encode([user(p, "x")], "text")) for p in (picture, other)]
+    assert common(*keys) <= 3
+    assert [shared for _, shared in grouped(keys)] == [0, 0]
+
+
+def test_a_chat_goes_on_where_it_was(picture):
+    model, processor = tiny_model()
+    engine = Engine(model, processor)
+    talk = [user(picture, "what is it, what is it?")]
+    settings = Settings(2.0, max_text=12)
+
+    def turn(engine, talk):
+        return engine.run([Request(processor.encode(talk, "text"), "any", 4)], settings)[0]
+
+    first = turn(engine, talk)
+    assert engine._prompts.kept is not None
+    words = processor.text(first.text)
+    talk += [assistant(words or "yes"), user("and what is that?")]
+    engine._prompts.computed = 0
+    second = turn(engine, talk)
+    slots = len(processor.encode(talk, "text"))
+    fresh = Engine(model, processor)
+    assert second.parts == turn(fresh, talk).parts
+    assert engine._prompts.computed < fresh._prompts.computed - 16
+    assert fresh._prompts.computed >= slots
+
+
+def test_a_sample_may_be_the_beginning_of_another():
+    def sample(size):
+        ids = np.arange(size, dtype=np.int64)
+        none = np.zeros(size)
+        return Sample(ids, none.astype(np.int64), none.astype(np.float32), none.astype(bool))
+
+    model, processor = tiny_model()
+    samples = [sample(40), sample(30), sample(40)]
+    with torch.inference_mode():
+        cache, hidden = Prompts(model, processor).fill(samples, 50)
+        for k, size in enumerate((40, 30, 40)):
+            last = Prompts(model, processor).fill([sample(size)], 50)[1]
+            assert torch.allclose(hidden[k], last[0], atol=1e-4)
+            assert int(cache.length[k]) == size
+
+
+def test_pixels_in_bfloat16_are_nearly_those_in_float32():
+    _, processor = tiny_model()
+    codes = [[k % 32 for k in range(16)], [7] * 16]
+    exact, half = processor.pixels(codes), processor.pixels(codes, torch.bfloat16)
+    assert half.dtype == torch.float32 and not torch.equal(exact, half)
+    assert (exact - half).abs().mean() < 0.02
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_thousand_pictures():
+    model, processor = tiny_model()
+    engine = Engine(model, processor)
+    held = []
+    for k in range(10):
+        prompts = [f"a red circle number {k} {j}" for j in range(100)]
+        requests = [
+            Request(processor.encode([user(p)], "image"), "image", j) for j, p in enumerate(prompts)
+        ]
+        answers = engine.run(requests, Settings(2.0))
+        processor.pixels([answer.codes for answer in answers])
+        held.append(start_peak())
+    assert held[0] and held[-1] - held[1] < 8 * 2**20, held

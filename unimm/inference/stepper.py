@@ -1,0 +1,139 @@
+"""One step of the decoder for the slots of many requests: the C++ kernel, or torch.
+
+A step is M slots, each with its row of the cache and its place there; rows may have any lengths,
+and a row may have a window of several slots. Few slots go through the kernel in one call; with
+many, torch does the products and the kernel the attention; without a kernel torch does it all.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unimm.inference.kernel import Kernel, free_threads, make_kernel, signature
+from unimm.inference.sampling import choose, guide
+from unimm.model.decoder import KVCache, RMSNorm
+from unimm.model.unified import CODE, TEXT, UnifiedModel
+
+FEW = {torch.float32: 64, torch.bfloat16: 24}  # slots up to which the kernel's products win
+
+
+class Stepper:
+    """A model made ready for steps. Weights may change between calls of `refresh`, not within."""
+
+    def __init__(self, model: UnifiedModel):
+        self.model = model
+        self.kernel: Kernel | None = None
+        self._table: Tensor | None = None
+        self._signature: tuple | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.decoder.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.decoder.norm.weight.dtype
+
+    def refresh(self) -> bool:
+        """Make the weights ready if they are not those that were; whether they have changed."""
+        found = signature(self.model)
+        changed = found != self._signature
+        if changed:
+            self._signature, self._table = found, None
+            self.kernel = make_kernel(self.model)
+        if self.kernel is not None:
+            self.kernel.threads = free_threads()
+        return changed
+
+    def embed(self, ids: Tensor, kinds: list[int]) -> Tensor:
+        """Ids (M,) of TEXT and CODE slots -> (M, D)."""
+        shared = self.model.config.pathway == "shared"
+        if all(kind == TEXT for kind in kinds):
+            return self.model.decoder.embed_tokens(ids)
+        if all(kind == CODE for kind in kinds) and not shared:
+            return F.embedding(ids, self.table())
+        kind = torch.tensor(kinds, device=ids.device)
+        return self.model.embed_ids(ids, kind)
+
+    def table(self) -> Tensor:
+        """The vector of every code as it enters the decoder, (codes, D): embedding and adapter."""
+        if self._table is None:
+            m = self.model
+            self._table = m.code_adapter(m.code_embed.weight).to(self.dtype)
+        return self._table
+
+    def forward(self, x: Tensor, cache: KVCache, window: int = 1) -> Tensor:
+        """x (R * window, D), row after row of the cache's R rows, each behind its row's length.
+
+        Returns normed hidden states (R * window, D). The caller then advances the cache.
+        """
+        slots = cache.slots(window)  # (R, window)
+        if self.kernel is None or torch.is_autocast_enabled(x.device.type):
+            rows = x.view(len(slots), window, -1)
+            return self.model.decoder(rows, slots, cache=cache).flatten(0, 1)
+        if cache.longest + window > cache.capacity:
+            raise ValueError(f"the cache has room for {cache.capacity} slots a row")
+        row = torch.arange(len(slots)).repeat_interleave(window)  # (M,)
+        slot = slots.reshape(-1).contiguous()
+        if self.few(len(x)):
+            return self.kernel.step(x, row, slot, cache)
+        return self._many(x.to(self.dtype), row, slot, cache, self.kernel)
+
+    def logits(self, hidden: Tensor, kind: int) -> Tensor:
+        """(M, D) -> float32 logits (M, text ids) or (M, codes)."""
+        model, shared = self.model, self.model.config.pathway == "shared"
+        if self.kernel is None or not self.few(len(hidden)):
+            return model.logits(hidden.to(self.dtype), kind).float()
+        if kind == CODE and not shared:
+            head = model.image_head
+            return self.kernel.linear(head.out, F.gelu(self.kernel.linear(head.proj, hidden)))
+        scores, words = self.kernel.linear(model.text_head, hidden), model.config.decoder.vocab_size
+        if not shared:
+            return scores
+        return scores[:, words:].contiguous() if kind == CODE else scores[:, :words]
+
+    def choose(
+        self, logits: Tensor, other: Tensor | None, guidance: float, seeds: list[int],
+        places: list[int], temperature: float, top_k: int = 0, top_p: float = 1.0,
+    ) -> list[int]:  # fmt: skip
+        """Guided logits (M, K) -> ids, as `sampling.choose` has them; other: the unguided ones."""
+        if self.kernel is not None and not top_k and top_p == 1:
+            rest = [None] * len(logits) if other is None else other
+            rows = zip(logits, rest, seeds, places, strict=True)
+            return [self.kernel.choose(a, b, guidance, temperature, s, p) for a, b, s, p in rows]
+        if other is not None:
+            logits = guide(logits, other, guidance)
+        device = logits.device
+        where = (torch.tensor(seeds, device=device), torch.tensor(places, device=device))
+        return choose(logits, *where, temperature, top_k, top_p).tolist()
+
+    def few(self, slots: int) -> bool:
+        """Whether the kernel's own products are the faster way for so many slots."""
+        return slots <= FEW.get(self.dtype, 0)
+
+    def _many(self, x: Tensor, row: Tensor, slot: Tensor, cache: KVCache, kernel: Kernel) -> Tensor:
+        """`Block.compute` with the kernel's attention."""
+        c, count = self.model.decoder.config, len(x)
+        block: Any
+        for index, block in enumerate(self.model.decoder.layers):
+            attention, mlp = block.self_attn, block.mlp
+            seen = norm(block.input_layernorm, x)
+            q = attention.q_proj(seen).view(count, c.heads, c.head_dim)
+            k = attention.k_proj(seen).view(count, c.kv_heads, c.head_dim)
+            v = attention.v_proj(seen).view(count, c.kv_heads, c.head_dim)
+            x = x + attention.o_proj(kernel.attend(index, q, k, v, row, slot, cache))
+            seen = norm(block.post_attention_layernorm, x)
+            x = x + mlp(seen)
+        return norm(self.model.decoder.norm, x)
+
+
+def norm(module: RMSNorm, x: Tensor) -> Tensor:
+    """What the module computes, (M, D): in float32 by its formula, which is faster on a CPU."""
+    if x.dtype != torch.float32:
+        return module(x)
+    scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]).add_(
+        module.eps
+    )
+    return (x * scale.rsqrt_()).mul_(module.weight)
