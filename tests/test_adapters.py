@@ -8,9 +8,13 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 from test_resume import run_for, same, stopped_after
+from torch.autograd.graph import saved_tensors_hooks
 
 from unimm.checkpoints.native import load_model, save_model
-from unimm.training.adapters import merge_adapters
+from unimm.data.processor import assistant, user
+from unimm.model.int8 import is_quantized, quantize_decoder
+from unimm.training import trainer
+from unimm.training.adapters import merge_adapters, merged_copy
 from unimm.training.next_token import draw, open_init, setup_unified
 from unimm.training.trainer import make_optimizers, train
 
@@ -68,6 +72,65 @@ def test_merged_and_kept_apart_are_one_model_that_has_learned(root, monkeypatch)
     assert all(torch.allclose(again[name], end[name], atol=1e-7) for name in end)
     one = draw(load_model(merged)[0], processor, ["abc", "d"], 2.0)
     assert torch.equal(one, draw(model.eval(), processor, ["abc", "d"], 2.0))
+
+
+def test_an_int8_base_stays_as_it_is_and_holds_less(root, monkeypatch):
+    run = lora(root, "int8", steps=10, save_every=5, preview_every=5, lora_base="int8")
+    made = []
+    monkeypatch.setattr(trainer, "setup", lambda run: made.append(setup_unified(run)) or made[-1])
+    stopped_after(monkeypatch, run, 5)
+    base = {n: b.clone() for n, b in setup_unified(run).model.named_buffers()}
+    kept = {name for name, value in base.items() if value.dtype == torch.int8}
+    assert len(kept) == 14  # q, k, v, o and gate, up, down, in two layers
+    merged = train(run)
+    for parts in made:
+        after = dict(parts.model.named_buffers())
+        assert all(torch.equal(value, after[name]) for name, value in base.items())
+    log = [json.loads(line) for line in (merged / "log.jsonl").read_text().splitlines()]
+    log = [entry["main_loss"] for entry in log if "main_loss" in entry]
+    assert log[-1] < log[0] - 0.1
+    # merged into the float weights: what did not learn is theirs, bit for bit
+    start, end = (load_file(f / "model.safetensors") for f in (root / "model", merged))
+    assert start.keys() == end.keys()
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert "decoder.layers.0.mlp.up_proj.weight" in moved
+    assert not any("vision" in name or "norm" in name for name in moved)
+    apart = train(lora(root, "int8-apart", steps=10, save_every=0, preview_every=0,
+                       lora_base="int8", lora_merge=False))  # fmt: skip
+    assert not (apart / "model.safetensors").exists()
+    again = open_init(run_for(root, "none", init=str(apart)))[0].state_dict()
+    assert all(torch.allclose(again[name], end[name], atol=1e-6) for name in end)
+    # and a merged copy, for previews, is what the model computes
+    model, processor = made[-1].model.eval(), load_model(root / "model")[1]
+    batch = processor.collate([processor.encode([user("abc"), assistant("de")])])
+    with torch.no_grad():
+        one, two = (m(batch).loss for m in (model, merged_copy(model)))
+    assert float(one) == pytest.approx(float(two), rel=1e-5) and is_quantized(model)
+
+
+def test_an_int8_layer_keeps_no_float_weight_for_the_backward():
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.decoder = torch.nn.Sequential(torch.nn.Linear(32, 64))
+    plainly = torch.nn.Linear(32, 64)
+    quantize_decoder(model)
+    layer, sizes = model.decoder[0], []
+    with torch.no_grad():
+        plainly.weight.copy_(layer.dequantized())
+        plainly.bias.copy_(layer.bias)
+    x = torch.randn(5, 32, requires_grad=True)
+    with saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        layer(x).square().sum().backward()
+    assert max(sizes) <= 64 * 32  # a byte a weight
+    through, x.grad = x.grad, None
+    plainly(x).square().sum().backward()
+    assert torch.allclose(through, x.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_base_is_refused(root):
+    for changes in ({"lora_base": "int4"}, {"lora_base": "int8", "lora": 0}):
+        with pytest.raises(ValueError, match="lora_base is"):
+            setup_unified(lora(root, "none", **changes))
 
 
 def test_a_preview_shows_what_adapters_have_learned(root, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -317,6 +318,26 @@ def pickled(folder: Path) -> None:
             ["config.json"],
         ),
         (
+            lambda d: edit(d / "config.json", text_config={"num_attention_heads": 0}),
+            ["config.json", "num_attention_heads is 0"],
+        ),
+        (
+            lambda d: edit(d / "config.json", text_config={"hidden_size": -64}),
+            ["config.json", "hidden_size is -64"],
+        ),
+        (
+            lambda d: edit(d / "model.safetensors.index.json", weight_map={"x": 3}),
+            ["broken/3 is missing"],
+        ),
+        (
+            lambda d: edit(d / "generation_config.json", guidance_scale="high"),
+            ["generation_config.json", "guidance_scale is 'high'"],
+        ),
+        (
+            lambda d: rewrite(d / FIRST, lambda s: s.update({k: t.int() for k, t in s.items()})),
+            [FIRST, "holds torch.int32"],
+        ),
+        (
             lambda d: edit(d / "config.json", vision_config={"image_size": None}),
             ["config.json"],
         ),
@@ -385,6 +406,17 @@ def test_a_pickle_is_not_run(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("write", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
+def test_the_refusal_of_a_pickle_gives_no_bad_advice(write, tmp_path):
+    """torch's message begins with how to run the file all the same."""
+    path = tmp_path / "pytorch_model.bin"
+    write({"lm_head.weight": Hostile(tmp_path / "was_run")}, path)
+    with pytest.raises(ValueError, match="than plain tensors: (Trying|Unsupported)") as caught:
+        list(shards.read(path))
+    assert "weights_only" not in str(caught.value)
+
+
 def test_a_missing_tensor_is_found_where_the_index_is_silent(janus_folder, tmp_path):
     """The name that transformers would fill with noise is an error here."""
     shutil.copytree(janus_folder, tmp_path / "m")
@@ -450,7 +482,8 @@ def test_hub_ids_are_downloaded_once(monkeypatch, tmp_path, janus_folder):
     assert main(["info", "someone/Janus-tiny"]) == 0
     assert calls == [("someone/Janus-tiny", "v2", True), ("someone/Janus-tiny", None, False)]
     (tmp_path / "someone" / "here").mkdir(parents=True)  # a folder comes first
-    assert locate("someone/here") == Path("someone/here") and len(calls) == 2
+    assert locate("someone/here") == Path("someone/here")
+    assert locate("./here") == Path("here") and len(calls) == 2  # a path, if to nothing
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):

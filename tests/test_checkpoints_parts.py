@@ -27,6 +27,7 @@ from unimm.config import Begin, load_recipe, override
 from unimm.data.processor import user
 from unimm.model.unified import TEXT
 from unimm.pipeline import UniMM
+from unimm.training.next_token import open_init
 
 SIZES = dict(
     vocab_size=WORDS + 20, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -230,6 +231,10 @@ def test_a_recipe_begins_with_parts(siglip, codebook, tmp_path, capsys):
     assert begun(changed) is changed
     model, processor, sampling = load_model(changed.init)
     assert sampling == {"guidance": 5.0} and processor.grid == (4, 4)
+    direct = open_init(replace(override(run, named), out=str(tmp_path / "none")))  # data check's
+    assert direct[2] == sampling and not (tmp_path / "none").exists()
+    state = direct[0].state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     before = theirs.model.layers[0].mlp.up_proj.weight
     assert torch.equal(model.decoder.layers[0].mlp.up_proj.weight, before)
     out, written = tmp_path / "out", (tmp_path / "out" / "begun" / "model.safetensors").stat()

@@ -21,12 +21,14 @@ from unimm.checkpoints import emu3
 from unimm.checkpoints.convert import convert
 from unimm.checkpoints.load import load_model, on_meta
 from unimm.cli import main
+from unimm.config import Run
 from unimm.data.emu3 import fit
 from unimm.data.processor import assistant, to_unit, user
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, TEXT
 from unimm.pipeline import UniMM
+from unimm.training.next_token import draw_codes, drop_prompt, next_token, open_init
 
 CODES = 64
 SPECIAL = ("<image>", *emu3.TOKENS.values())
@@ -464,6 +466,28 @@ def test_a_whole_call_draws_answers_and_saves(one, tmp_path):
         assert ids[0] == ids[1]
 
 
+def test_a_run_goes_on_from_it_and_previews_what_it_draws(one):
+    run = Run(next_token, (), {}, steps=1, batch_size=1, init=str(one.folder))
+    model, processor, _ = open_init(run)
+    drawn = draw_codes(model, processor, ["a red cat", "a"], guidance=3.0, seed=5)
+    prompts = [processor.encode([user(text)], "image") for text in ("a red cat", "a")]
+    requests = [Request(prompt, "image", 5 + k) for k, prompt in enumerate(prompts)]
+    answers = one.ours.engine.run(requests, Settings(guidance=3.0))
+    assert drawn == [answer.codes for answer in answers]
+
+
+def test_a_dropped_prompt_becomes_the_negative_one_and_keeps_what_is_scored(one):
+    """Training with `drop_prompt`: the negative prompt has another length than the words."""
+    processor = one.ours.processor
+    codes = np.arange(processor.codes_per_image) % 7
+    whole = processor.encode([user("a red cat"), assistant({"codes": codes})])
+    hidden = drop_prompt(whole, processor, 1.0, np.random.default_rng(0))
+    assert len(hidden) != len(whole) and hidden.ids.shape == hidden.score.shape
+    kept = (whole.score > 0) & ~((whole.kind == TEXT) & processor.is_word(whole.ids))
+    assert np.array_equal(hidden.ids[hidden.score > 0], whole.ids[kept]) and kept.sum() > 16
+    assert drop_prompt(whole, processor, 0.0, np.random.default_rng(0)) is whole
+
+
 def test_a_prompt_that_leaves_no_room_is_refused(one):
     with pytest.raises(ValueError, match="shorten the prompt"):
         one.ours.generate("x" * 491)
@@ -678,6 +702,14 @@ def without(path: Path, word: str) -> None:
         (lambda d: edit(d / "config.json", text_config=3), ["config.json"]),
         (lambda d: without(d / "tokenizer.json", "<|extra_200|>"), ["tokenizer.json", "row_end"]),
         (lambda d: (d / "tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
+        (
+            lambda d: edit(d / "config.json", text_config={"num_attention_heads": 0}),
+            ["config.json", "num_attention_heads is 0"],
+        ),
+        (
+            lambda d: edit(d / "generation_config.json", top_k="many"),
+            ["generation_config.json", "top_k is 'many'"],
+        ),
     ],
 )
 def test_broken_folders_are_named_in_one_line(harm, names, one, tmp_path, capsys):

@@ -17,11 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from unimm.checkpoints import janus
 from unimm.checkpoints.load import load_model, on_meta
+from unimm.config import Run
 from unimm.data.processor import assistant, user
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, PATCH, TEXT
 from unimm.pipeline import UniMM
+from unimm.training.next_token import next_token, setup_unified
 
 SPECIAL = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<image_placeholder>",
@@ -667,3 +669,15 @@ def test_names_go_there_and_back(one):
             janus.our_name(wrong)
         with pytest.raises(KeyError):
             janus.from_deepseek(wrong, torch.zeros(1))
+
+
+def test_a_run_goes_on_from_it(one, tmp_path):
+    """A recipe may name a Janus folder; what it writes is a folder of unimm's."""
+    run = Run(next_token, (), {}, steps=1, batch_size=1, init=str(one.folder))
+    parts = setup_unified(run)
+    parts.save(tmp_path / "out")
+    before, after = (UniMM.from_pretrained(f, "cpu") for f in (one.folder, tmp_path / "out"))
+    assert after.sampling == before.sampling
+    assert after.ask(picture(), "a cat?") == before.ask(picture(), "a cat?")
+    state = after.model.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in before.model.state_dict().items())

@@ -56,6 +56,9 @@ def test_a_packed_batch_has_the_losses_of_its_samples(pathway, grouped):
     samples = [processor.encode(talk) for talk in TALKS]
     order = [3, 0, 4, 1, 2]
     packed = collate_packed([[samples[k] for k in order[:3]], [samples[1], samples[2]]], processor)
+    lengths = [len(samples[k]) for k in order]
+    begun = [place for length in lengths[:3] for place in range(length)]
+    assert packed.positions[0, : len(begun)].tolist() == begun  # rotary attention would not tell
     plain = processor.collate([samples[k] for k in order])
     model.train()
     total = plain.weight({"text": 2.0, "code": 1.0})

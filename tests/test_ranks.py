@@ -24,6 +24,14 @@ from unimm.training import state, trainer
 from unimm.training.trainer import train
 
 ROOT = Path(__file__).parent.parent
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2 --master-port 0 --standalone".split(),
+    # not with --cpu, with which accelerate starts one process whatever --num_processes says
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2".split()
+    + ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    + ["--num_machines", "1"],
+}
+pytestmark = pytest.mark.timeout(1500)  # all of it is in the fixture
 
 
 def stage3(root: Path, out: str, **changes):
@@ -89,13 +97,13 @@ def done(tmp_path_factory):
     train(stage3(root, "one"))
     for name in ("one-then-sharded", "one-then-ddp"):
         stopped(stage3(root, name))
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*words, "--master-port", "0", "--standalone", __file__, str(root)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    for launcher, words in LAUNCHERS.items():
+        run = subprocess.run(
+            [sys.executable, "-m", *words, __file__, str(root), launcher],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
     for name in ("sharded-then-one", "ddp-then-one"):
         train(stage3(root, name))
     return root
@@ -103,7 +111,7 @@ def done(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["ddp", "sharded", "all", "sharded-then-one", "ddp-then-one", "one-then-sharded",
+    ["accelerate", "ddp", "sharded", "all", "sharded-then-one", "ddp-then-one", "one-then-sharded",
      "one-then-ddp"],
 )  # fmt: skip
 def test_two_ranks_equal_one(done, name):
@@ -133,8 +141,12 @@ def test_a_sharded_checkpoint_is_in_parts(done):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     state.to_disk = lambda path: None
-    where = Path(sys.argv[1])
-    runs_of_two(where)
-    if os.environ["RANK"] == "0":
+    where, launcher = Path(sys.argv[1]), sys.argv[2]
+    assert os.environ["WORLD_SIZE"] == "2"
+    if launcher == "accelerate":
+        train(stage3(where, "accelerate"))
+    else:
+        runs_of_two(where)
+    if launcher == "torchrun" and os.environ["RANK"] == "0":
         found = (where / "sharded-then-one" / "checkpoint-2").rglob("*")
         (where / "sharded-then-one.txt").write_text("\n".join(path.name for path in found))

@@ -112,15 +112,18 @@ def stopped_after(monkeypatch, run, step):
     return Path(run.out)
 
 
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]  # on two cores that do something else too
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "kills, packing",
-    [(3, 100), *(pytest.param(20, p, marks=pytest.mark.slow) for p in (0, 100))],
+    "kills, packing", [(3, 100), *(pytest.param(20, p, marks=SLOW) for p in (0, 100))]
 )
 def test_killed_at_random_moments(root, kills, packing):
     """The last line of the script: how often a running process was killed."""
     words = [sys.executable, __file__, str(root), str(kills), str(packing)]
     place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(words, env=place, capture_output=True, text=True, timeout=570)
+    done = subprocess.run(words, env=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["killed"] == kills
     names = (f"{how}-{kills}-{packing}" for how in ("undisturbed", "killed"))
@@ -133,6 +136,31 @@ def test_the_last_two_checkpoints_are_kept_and_none_in_the_end(root, monkeypatch
     train(run_for(root, "kept"))
     assert not state.checkpoints(out) and not (out / "checkpoint.part").exists()
     same(root, "whole", "kept")
+
+
+def test_a_checkpoint_appears_whole_and_when_it_is_on_the_disk(root, monkeypatch):
+    out, there = root / "appears", []  # what is on the disk already
+
+    def to_disk(path):
+        if path == out:
+            assert {"state.json", "model.safetensors", "optimizers.safetensors"} <= set(there)
+            assert there[-1] == "checkpoint.part"
+            there.clear()
+        else:
+            assert path.parent.name != "checkpoint.part" or path.stat().st_size
+            there.append(path.name)
+            part = out / "checkpoint.part"
+            assert (part / "state.json").exists() and (part / "random.safetensors").exists()
+
+    def save(tensors, path, metadata=None):
+        assert path.parent.name == "checkpoint.part"
+        save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "to_disk", to_disk)
+        patch.setattr(state, "save_file", save)
+        stopped_after(patch, run_for(root, "appears"), 2)
+    assert not there and [path.name for path in state.checkpoints(out)] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ class Run:
     recompute: bool = False  # forward a layer again in the backward, to hold less memory
     shard: bool = False  # FSDP2: each rank holds a part of the weights
     lora: int = 0  # rank of adapters that learn in place of the matrices which `train` names
+    lora_base: str = "float"  # or "int8": the decoder's linear layers, frozen, under the adapters
     lora_merge: bool = True  # into the weights at the end; or apart, in files of their own
     drop_prompt: float = 0.1  # share of drawing samples that get the unguided prompt
     most_broken: float = 0.05  # a source of which a larger share cannot be read stops the run

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from unimm.checkpoints.llama import decoder_config
-from unimm.checkpoints.shards import Places, optional_json, read_json
+from unimm.checkpoints.shards import Places, optional_json, optional_number, read_json
 from unimm.data.emu3 import Emu3Processor
 from unimm.data.processor import Template, load_tokenizer
 from unimm.model.image_tokenizer import Emu3Tokenizer, Emu3VQConfig
@@ -306,5 +306,5 @@ def halves(word: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 def sampling(folder: Path) -> dict[str, Any]:
     """Guidance 3, as published; top_k of generation_config.json."""
-    top_k = optional_json(folder / "generation_config.json").get("top_k")
-    return {"guidance": 3.0, "top_k": int(top_k or 2048)}
+    top_k = optional_number(folder / "generation_config.json", "top_k", 2048)
+    return {"guidance": 3.0, "top_k": int(top_k)}

@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unimm.checkpoints.llama import decoder_config
-from unimm.checkpoints.shards import Places, names, optional_json, read_json, weight_files
+from unimm.checkpoints.shards import (
+    Places,
+    names,
+    optional_json,
+    optional_number,
+    read_json,
+    weight_files,
+)
 from unimm.data.processor import Processor, Template, load_tokenizer
 from unimm.model.image_tokenizer import VQConfig, VQTokenizer
 from unimm.model.unified import UnifiedConfig
@@ -367,7 +374,7 @@ def own_processor(
 
 def guidance(folder: Path) -> float:
     """The guidance that generation_config.json asks for; 5 where it is silent."""
-    return float(optional_json(folder / "generation_config.json").get("guidance_scale") or 5.0)
+    return float(optional_number(folder / "generation_config.json", "guidance_scale", 5.0))
 
 
 def _special(

@@ -26,6 +26,7 @@ EMU3 = {  # as LLAMA, of transformers' Emu3TextConfig
     "rope_theta": 1e6,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {"llama": LLAMA, "emu3_text_model": EMU3}
+SIZES = {*LLAMA} - {"rms_norm_eps"}
 OPTIONS: dict[str, dict[str, Any]] = {  # what a model_type adds to Llama
     "llama": {},
     "qwen2": {"attention_bias": True, "output_bias": False},
@@ -48,6 +49,9 @@ def decoder_config(data: dict[str, Any], where: str) -> DecoderConfig:
     if data.get("use_sliding_window"):
         raise ValueError(f"{where}: attention in a sliding window is not supported")
     c = {**DEFAULTS.get(kind, {}), **data}
+    for name in SIZES & c.keys():
+        if not isinstance(c[name], int) or c[name] < 1:
+            raise ValueError(f"{where}: {name} is {c[name]!r}, not a whole number above 0")
     try:
         heads, dim = c["num_attention_heads"], c["hidden_size"]
         theta, scaling = rope(c)

@@ -27,7 +27,7 @@ FORMATS = {
     "emu3": "Hugging Face Emu3",
     "Emu3": "BAAI Emu3",
 }
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 Loaded = tuple[UnifiedModel, Processor, dict[str, Any]]
 
 

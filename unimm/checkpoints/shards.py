@@ -5,8 +5,10 @@ PyTorch archives are read with `weights_only=True`: one that holds more than ten
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ def weight_files(folder: Path) -> list[Path]:
             names = read_json(folder / index).get("weight_map")
             if not isinstance(names, dict) or not names:
                 raise ValueError(f"{folder / index} names no weight files")
-            files = [folder / str(name) for name in sorted(set(names.values()))]
+            files = [folder / name for name in sorted(set(map(str, names.values())))]
             for path in files:
                 if not path.is_file():
                     raise ValueError(f"{path} is missing, and {index} names it")
@@ -84,7 +86,7 @@ def fill(
         if dtype is torch.int8:
             quantize_decoder(models[prefix])
     expected = {
-        f"{prefix}.{name}" if prefix else name: tensor.shape
+        f"{prefix}.{name}" if prefix else name: tensor
         for prefix, model in models.items()
         for name, tensor in model.state_dict().items()
     }
@@ -99,9 +101,11 @@ def fill(
             for name, value in placed.items():
                 if name not in expected:
                     raise ValueError(f"{path}: the model has no place for the tensor {stored}")
-                if value.shape != expected[name]:
-                    found, wanted = tuple(value.shape), tuple(expected[name])
+                if value.shape != expected[name].shape:
+                    found, wanted = tuple(value.shape), tuple(expected[name].shape)
                     raise ValueError(f"{path}: {stored} has shape {found}, not {wanted} ({name})")
+                if value.is_floating_point() != expected[name].is_floating_point():
+                    raise ValueError(f"{path}: {stored} holds {value.dtype}, which is no weight")
                 prefix = name.split(".")[0]
                 prefix, inner = (
                     (prefix, name[len(prefix) + 1 :]) if prefix in models else ("", name)
@@ -130,6 +134,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def optional_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is no such file."""
     return read_json(path) if path.exists() else {}
+
+
+def optional_number(path: Path, name: str, default: float) -> float:
+    """A number that a JSON object gives; `default` where it is silent or there is no such file."""
+    value = optional_json(path).get(name) or default
+    if not isinstance(value, int | float):
+        raise ValueError(f"{path}: {name} is {value!r}, not a number")
+    return value
 
 
 def stored_dtype(files: Iterable[Path]) -> torch.dtype:
@@ -188,11 +200,16 @@ def _archive(path: Path) -> Opened:
         except RuntimeError as error:  # written before PyTorch 1.6: cannot be mapped
             if "mmap" not in str(error):
                 raise
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # about the protocol of a bare pickle
+                warnings.simplefilter("ignore")
+                data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever unpickling a damaged or a hostile file leads to
-        reason = str(error).split("\n")[0]
+        said = str(error)
+        if isinstance(error, UnpicklingError):  # whose first line advises to run the file's code
+            said = said.partition("\n")[2].rpartition("WeightsUnpickler error:")[2]
+        reason = said.strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than plain tensors: {reason}") from None
     if isinstance(data, dict) and set(data) & {"model", "state_dict"}:  # LlamaGen's
         data = data.get("model", data.get("state_dict"))

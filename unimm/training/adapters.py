@@ -1,5 +1,8 @@
 """LoRA (arXiv 2106.09685) through peft: adapters put into a model, switched off, merged away.
 
+The layers under them may be in int8, as QLoRA's (arXiv 2305.14314) are in 4 bits:
+unimm.model.int8.quantize_decoder after `add_adapters`.
+
 peft is an optional extra: `pip install unimm[lora]`.
 """
 
@@ -14,6 +17,8 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from unimm.model.int8 import Int8Linear, plain
 
 Model = TypeVar("Model", bound=nn.Module)
 TARGETS = (
@@ -72,9 +77,14 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add what the adapters learned to the weights, and take the adapters out."""
+    """Add what the adapters learned to the weights, and take the adapters out.
+
+    An int8 layer under an adapter becomes a float one: whole numbers would lose the sum.
+    """
     wrapped = [(n, m) for n, m in model.named_modules() if m in _adapters(model)]
     for name, layer in wrapped:
+        if isinstance(layer.get_base_layer(), Int8Linear):
+            layer.base_layer = plain(layer.get_base_layer())
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())

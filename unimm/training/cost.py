@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
@@ -26,7 +26,8 @@ def dry_run(run: Run) -> str:
     slots, room = sum(p.slots for p in pieces), sum(p.room for p in pieces)
     trained = [p for p in parts.model.parameters() if p.requires_grad]
     learned = sum(p.numel() for p in trained)
-    total = sum(p.numel() for p in parts.model.parameters())
+    weights = weights_of(parts.model)
+    total = sum(p.numel() for p in weights.values())
     state = sum(
         p.numel() * (1 if name.endswith("_matrices") else 2)  # Muon has one moment, AdamW two
         for name, optimizer in optimizers.items()
@@ -34,7 +35,7 @@ def dry_run(run: Run) -> str:
         for p in group["params"]
     )
     sizes = {
-        "weights": sum(p.nbytes for p in parts.model.parameters()),
+        "weights": sum(p.nbytes for p in weights.values()),
         "gradients": sum(p.nbytes for p in trained),
         "optimizer": 4 * state,
         "activations": activations(parts, run, pieces[-1]),
@@ -60,12 +61,18 @@ def dry_run(run: Run) -> str:
     return "\n".join(lines)
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """By name: the parameters, and weights in int8, which are none for torch."""
+    small = {name: b for name, b in model.named_buffers() if b.dtype == torch.int8}
+    return {**dict(model.named_parameters()), **small}
+
+
 def by_part(parts: Parts, optimizers: dict[str, Any]) -> list[str]:
     """A line for each part of the model: its name, size and learning rates."""
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     rates = {id(p): group["rate"] for group in groups for p in group["params"]}
     found: dict[str, tuple[int, set[float | None]]] = {}
-    for name, parameter in parts.model.named_parameters():
+    for name, parameter in weights_of(parts.model).items():
         size, known = found.get(name.split(".")[0], (0, set()))
         found[name.split(".")[0]] = size + parameter.numel(), known | {rates.get(id(parameter))}
     return [
@@ -89,7 +96,7 @@ def losses(parts: Parts, run: Run, piece: Piece) -> Iterator[Tensor]:
 
 def activations(parts: Parts, run: Run, piece: Piece) -> int:
     """Bytes that one forward holds for its backward, beside the weights."""
-    weights = {p.untyped_storage().data_ptr() for p in parts.model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in weights_of(parts.model).values()}
     held: dict[int, int] = {}
 
     def hold(tensor: Tensor) -> Tensor:

@@ -6,19 +6,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unimm.checkpoints.native import BUNDLED, load_model, save_model
-from unimm.config import Run
+from unimm.checkpoints.load import load_model
+from unimm.checkpoints.native import BUNDLED, save_model
+from unimm.checkpoints.parts import assemble_parts
+from unimm.config import Begin, Run
 from unimm.data.packing import collate_packed
 from unimm.data.processor import Processor, Sample, to_picture, user
 from unimm.data.sources import VALIDATION
 from unimm.inference.engine import Engine, Request
+from unimm.inference.grid import GridEngine
 from unimm.inference.sampling import Settings
+from unimm.model.int8 import quantize_decoder
 from unimm.model.unified import KINDS, TEXT, Batch, UnifiedModel
 from unimm.training.adapters import (
     FILES,
@@ -57,9 +62,15 @@ def setup_unified(run: Run) -> Parts:
 
 
 def open_init(run: Run) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
-    """Model, processor and sampling defaults of `run.init`; "scenes" is the bundled model."""
+    """Model, processor and sampling defaults of `run.init`, in float32.
+
+    That is a model folder of any format, a Hub id, the parts of a `Begin` (put together here, and
+    not written), or "scenes": the bundled model.
+    """
     if not run.init:
         raise ValueError("this run starts from a model folder: init=DIR")
+    if isinstance(run.init, Begin):
+        return assemble_parts(run.init, torch.float32)
     init = Path(run.init)
     if (init / FILES[0]).exists():  # adapters that were kept apart
         base = json.loads((init / FILES[0]).read_text())["base_model_name_or_path"]
@@ -74,7 +85,8 @@ def unified_parts(
 ) -> Parts:
     """What every run of a unified model has: compiled layers, previews, a model folder at the end.
 
-    Samples may lose their prompt (`run.drop_prompt`); with `run.lora` adapters learn.
+    Samples may lose their prompt (`run.drop_prompt`); with `run.lora` adapters learn, on what
+    `run.lora_base` says.
     """
     if run.options.get("code_rows_only"):
         model.train_code_rows_only()
@@ -83,6 +95,10 @@ def unified_parts(
             raise ValueError("lora is for runs with one list of rates")
         rates = run.train
         add_adapters(model, run.lora, learns=lambda name: rate_of(name, rates) is not None)
+    if run.lora_base not in ("float", "int8") or (run.lora_base == "int8" and not run.lora):
+        raise ValueError("lora_base is 'float' or 'int8', and int8 needs adapters: lora=16")
+    if run.lora_base == "int8":
+        quantize_decoder(model)
     for layer in model.decoder.layers:
         layer.recompute = run.recompute  # type: ignore[assignment]
         if run.compile and has_compiler():
@@ -104,6 +120,12 @@ def unified_parts(
     def save(folder: Path) -> None:
         if run.lora and not run.lora_merge:
             return save_adapters(folder, model, run.init)
+        if run.lora_base == "int8":  # into the float weights that these came from
+            whole = open_init(run)[0]
+            with TemporaryDirectory() as apart:
+                save_adapters(Path(apart), model, "")
+                merge_stored(Path(apart), whole)
+            return save_model(folder, whole, processor, sampling)
         if run.lora:
             merge_adapters(model)
         save_model(folder, model, processor, sampling)
@@ -160,10 +182,9 @@ def drop_prompt(
     """
     if not sample.draws or rng.random() >= share:
         return sample
-    hidden = processor.unguided(sample)
     words = (sample.kind == TEXT) & processor.is_word(sample.ids)
-    hidden.score = np.where(words, 0, sample.score).astype(np.float32)
-    return hidden
+    score = np.where(words, 0, sample.score).astype(np.float32)
+    return processor.unguided(dataclasses.replace(sample, score=score))
 
 
 def draw(
@@ -181,7 +202,8 @@ def draw_codes(
         Request(processor.encode([user(prompt)], answer="image"), "image", seed + k)
         for k, prompt in enumerate(prompts)
     ]
-    answers = Engine(model, processor).run(requests, Settings(guidance=guidance))
+    engine = (GridEngine if processor.gridded else Engine)(model, processor)
+    answers = engine.run(requests, Settings(guidance=guidance))
     return [list(map(int, answer.codes)) for answer in answers]
 
 

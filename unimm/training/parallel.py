@@ -22,11 +22,14 @@ class Team:
     def __init__(self, run: Run):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
 
         on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         precision = "bf16" if run.precision == "bf16" else "no"
         AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+        # under adapters nothing else changes: an int8 base need not travel in every forward
+        how = DistributedDataParallelKwargs(broadcast_buffers=not run.lora)
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[how])
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.main, self.device = self.rank == 0, self.accelerator.device
         self.sharded = run.shard
