@@ -17,6 +17,7 @@ from unimm.evaluation.compare import (
     Study,
     check_terms,
     compare,
+    painter,
     scenes_samples,
     scenes_scores,
     steps_of,
@@ -225,11 +226,29 @@ def test_one_protocol_scores_both_ways_of_drawing(tmp_path, monkeypatch):
         assert scores["units_an_image"] == unit and scores["latency_s"] > 0
         assert scores["generation"] == 1 and scores["generation_position"] == 1
         assert 0 <= scores["understanding"] <= 1
-        assert ("reconstruction_psnr" in scores) == (way == "codes")
+        rebuilt = {"reconstruction_psnr", "reconstruction_checked", "decode_s"}
+        assert (rebuilt & scores.keys()) == (rebuilt if way == "codes" else set())
         pictures = scenes_samples(tmp_path / "model", protocol)
         assert pictures.shape == (16, 3, 16, 16) and pictures.abs().max() <= 1
     half = asked.index("diffusion")
-    assert asked[1:half] == asked[half + 1 :] and len(set(asked[1:half])) > 5
+    prompts = asked[half + 1 :]
+    assert asked[1 : len(prompts) + 1] == prompts and len(set(prompts)) > 5
+    assert half - 1 - len(prompts) == 12  # captions of what was rebuilt
+
+
+def test_codes_are_decoded_by_the_diffusion_detokenizer_of_the_folder(tmp_path):
+    save_model(tmp_path / "model", *tiny_model())
+    protocol = {"world": "scenes-mini", "diffusion_steps": 2, "guidance": 1.0, "seed": 0}
+    model, paint, _ = painter(tmp_path / "model", protocol)
+    convolved = paint(["a red circle"], 3)
+    save_diffusion(
+        tmp_path / "model",
+        DiffusionDecoder(DiffusionConfig("codes", 4, (4, 4), 16, 3, 4, 32, 1, 2)),
+    )
+    model, paint, units = painter(tmp_path / "model", protocol)
+    drawn = paint(["a red circle"], 3)
+    assert units == 16 and drawn.shape == convolved.shape
+    assert torch.equal(drawn, paint(["a red circle"], 3)) and not torch.equal(drawn, convolved)
 
 
 @pytest.mark.slow
