@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -211,6 +213,12 @@ def test_prefetch_keeps_order_and_raises():
 
     with pytest.raises(ValueError, match="broken row"):
         list(prefetch(broken, 3))
+    before = threading.active_count()
+    ahead = prefetch(lambda: time.sleep(0.05), 100)
+    next(ahead)
+    assert threading.active_count() == before + 1
+    ahead.close()  # leaves no thread behind, which would meet the end of the process at work
+    assert threading.active_count() == before
 
 
 def test_pieces_are_cut_where_padding_costs_least():

@@ -7,7 +7,7 @@ behind its share), so a run that resumes, or runs on several ranks, sees the sam
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,8 +103,11 @@ class Mixture:
         )
 
 
-def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Iterator[Any]:
-    """`count` results of `make()`, made ahead in a thread, in order; its errors are raised here."""
+def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Generator[Any, None, None]:
+    """`count` results of `make()`, made ahead in a thread, in order; its errors are raised here.
+
+    Close it if it is not used up: a thread at work in torch must not meet the end of the process.
+    """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
@@ -124,7 +127,8 @@ def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Iterator[An
             if stop.is_set() or entry[1] is not None:
                 return
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         for _ in range(count):
             result, error = ready.get()
@@ -133,6 +137,7 @@ def prefetch(make: Callable[[], Any], count: int, depth: int = 3) -> Iterator[An
             yield result
     finally:
         stop.set()
+        thread.join()
 
 
 def pieces(

@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,8 @@ def train(run: Run) -> Path:
 
     count, make_losses = run.count or one, parts.step or run.step
     log = Log(out, run, start, team, progress.get("log"))
-    ahead, cursor = prefetch(make_step, run.steps - start), mixture.state()
-    with Signal() as asked_to_stop:
+    cursor = mixture.state()
+    with closing(prefetch(make_step, run.steps - start)) as ahead, Signal() as asked_to_stop:
         for step in range(start, run.steps):
             todo, next_cursor = log.timed(lambda: next(ahead))
             mine = sum(count(piece.batch, run) for piece in todo)
