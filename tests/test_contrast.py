@@ -20,6 +20,7 @@ from unimm.training.contrast import (
     setup_contrast,
 )
 from unimm.training.next_token import next_token, scored_weight
+from unimm.training.trainer import train
 
 RUN = Run(
     step=contrast_step,
@@ -163,7 +164,9 @@ def test_a_hidden_prompt_has_no_rival(tmp_path):
 
     model, processor = tiny_model()
     save_model(tmp_path / "m", model, processor, {})
-    run = dataclasses.replace(RUN, init=str(tmp_path / "m"), drop_prompt=0.5)
+    run = dataclasses.replace(RUN, init=str(tmp_path / "m"), setup=setup_contrast, drop_prompt=0.5)
+    with pytest.raises(ValueError, match="cannot pack"):  # in one line, not in the first step
+        train(dataclasses.replace(run, out=str(tmp_path / "packed"), packing=64))
     parts = setup_contrast(run)
     codes = [1] * processor.codes_per_image
     item = {"messages": talk("a moon", codes), "false_messages": talk("a star", codes)}

@@ -90,6 +90,7 @@ def setup_contrast(run: Run) -> Parts:
         unified_parts(run, model, processor, sampling),
         prepare=prepare,
         collate=lambda items: collate_contrasts(processor, items),
+        pack=None,  # rows with rivals are not rows of samples
     )
 
 
