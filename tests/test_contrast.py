@@ -10,8 +10,24 @@ from conftest import tiny_model
 
 from unimm.config import Run, Source
 from unimm.data.processor import assistant, user
-from unimm.data.scenes import WORLDS, is_held_out, main_relation, parse, sample_scene, satisfies
-from unimm.data.sources import PictureStore, falsified, scenes_pictures
+from unimm.data.scenes import (
+    UNKNOWN_ANSWER,
+    WORLDS,
+    is_held_out,
+    main_relation,
+    parse,
+    sample_scene,
+    satisfies,
+    unknown_question,
+)
+from unimm.data.scenes.language import raster
+from unimm.data.sources import (
+    PictureStore,
+    falsified,
+    scenes_edits,
+    scenes_pictures,
+    scenes_unknown,
+)
 from unimm.training.contrast import (
     Contrast,
     collate_contrasts,
@@ -123,40 +139,105 @@ def test_false_prompts_are_false_and_of_the_train_split():
     assert {(0, True, True), (0, False, True), (0, True, False)} <= kinds
 
 
-def test_the_source_gives_prompts_of_related_objects_and_rivals(tmp_path):
-    store = PictureStore.build(tmp_path / "store", "scenes-mini", 120)
-    np.save(tmp_path / "store" / "codes.npy", np.zeros((120, 16), dtype=np.uint16))
-    run = dataclasses.replace(RUN, seed=3)
-    place = {"store": str(tmp_path / "store"), "world": "scenes-mini"}
-    for related in (False, True):
-        source = scenes_pictures(run, **place, related=related, rivals=True)
-        found = unrelated = 0
-        for i in range(80):
-            item = source[i]
-            (k,) = [
-                k
-                for k in range(len(store))
-                if np.array_equal(store.pictures[k], item["messages"][1]["content"][0]["image"])
-            ]
-            scene = store.scene(k)
-            said = parse(item["messages"][0]["content"][0]["text"])
-            assert said is not None and satisfies(scene, said)
-            if related:
-                assert len(scene.objects) == 2 and main_relation(*scene.objects)
-                assert all(color for _, _, color, _ in said.groups)
-                if not said.relations:  # told from top to bottom
-                    top = min(scene.objects, key=lambda o: o.y)
-                    assert said.groups[0][2:] == (top.color, top.shape)
-                    unrelated += 1
-            if "false_messages" in item:
-                found += 1
-                words = item["false_messages"][0]["content"][0]["text"]
-                other = parse(words)
-                assert other is not None and not satisfies(scene, other)
-                assert item["false_messages"][1] == item["messages"][1]
-        assert found > 60 and (unrelated > 5 or not related)
-    plain = scenes_pictures(run, **place)[0]
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mini")
+    for name, edited in (("pictures", False), ("edits", True)):
+        PictureStore.build(folder / name, "scenes-mini", 240, edited=edited)
+        np.save(folder / name / "codes.npy", np.zeros((240, 16), dtype=np.uint16))
+    return folder
+
+
+def scene_of(store, image):
+    (k,) = [k for k in range(len(store)) if np.array_equal(store.pictures[k], image)]
+    return store.scene(k)
+
+
+@pytest.mark.parametrize("only", ["", "single", "pairs", "related", "equal"])
+def test_the_source_gives_true_prompts_in_the_order_of_drawing_and_rivals(store, only):
+    run, pictures = dataclasses.replace(RUN, seed=3), PictureStore(store / "pictures")
+    source = scenes_pictures(run, store / "pictures", only, rivals=True, world="scenes-mini")
+    found = unrelated = partly = sized = 0
+    for i in range(80):
+        item = source[i]
+        scene = scene_of(pictures, item["messages"][1]["content"][0]["image"])
+        looks = {(o.shape, o.color) for o in scene.objects}
+        said = parse(item["messages"][0]["content"][0]["text"])
+        assert said is not None and satisfies(scene, said)
+        sized += any(size for _, size, _, _ in said.groups)
+        if only in ("single", "equal"):
+            assert len(looks) == 1 and (len(scene.objects) > 1) == (only == "equal")
+        elif only:
+            assert len(scene.objects) == len(looks) == 2
+            assert only == "pairs" or main_relation(*scene.objects)
+        if only in ("pairs", "related") and not said.relations and len(said.groups) == 2:
+            first = min(scene.objects, key=raster)
+            assert said.groups[0][3] == first.shape
+            assert said.groups[0][2] in (None, first.color)
+            unrelated += 1
+        colors = [color is None for _, _, color, _ in said.groups]
+        partly += any(colors) and not all(colors)
+        if "false_messages" in item:
+            found += 1
+            other = parse(item["false_messages"][0]["content"][0]["text"])
+            assert other is not None and not satisfies(scene, other)
+            assert item["false_messages"][1] == item["messages"][1]
+    assert found > 50
+    assert unrelated > 5 or only != "pairs"
+    assert partly > 2 or only not in ("pairs", "related")
+    assert sized > 20 if only == "single" else only == "" or not sized
+    plain = scenes_pictures(run, store / "pictures", only)[0]
     assert "false_messages" not in plain
+
+
+def test_objects_begin_in_the_order_of_codes():
+    base = sample_scene(WORLDS["scenes"], np.random.default_rng(0), task="single_object").objects[0]
+    high = dataclasses.replace(base, size="small", scale=1.0, x=0.8, y=0.30)
+    left = dataclasses.replace(high, x=0.2, y=0.32)  # begins in the same row of codes
+    tall = dataclasses.replace(high, size="large", x=0.5, y=0.29)  # begins a row earlier
+    assert sorted([high, left, tall], key=raster) == [tall, left, high]
+
+
+def test_false_instructions_do_not_make_the_edit(store):
+    run, pictures = dataclasses.replace(RUN, seed=4), PictureStore(store / "edits")
+    source = scenes_edits(run, store / "edits", rivals=0.5, world="scenes-mini")
+    items = [source[i] for i in range(120)]
+    false = [item for item in items if "false_messages" in item]
+    assert 35 < len(false) < 85
+    alike = 0
+    for item in false:
+        (before, words), (wrong_before, wrong) = (
+            item[name][0]["content"] for name in ("messages", "false_messages")
+        )
+        assert np.array_equal(wrong_before["image"], before["image"]) and wrong != words
+        assert item["false_messages"][1] == item["messages"][1]
+        alike += len({*wrong["text"].split()} & {*words["text"].split()}) > 1
+        for k, instruction in enumerate(pictures.instructions):  # never another true one
+            if np.array_equal(pictures.pictures[2 * k], before["image"]):
+                assert wrong["text"] != instruction
+    assert alike > 0.7 * len(false)
+
+
+def test_a_word_that_is_no_kind_of_picture_is_refused(store):
+    with pytest.raises(ValueError, match="no pictures 'odd'.*single, pairs, related, equal"):
+        scenes_pictures(RUN, store / "pictures", "odd")
+
+
+def test_unknown_things_get_one_polite_answer_among_others(store):
+    source = scenes_unknown(dataclasses.replace(RUN, seed=5), store / "pictures")
+    alone = beside = 0
+    for i in range(60):
+        talk = source[i]["messages"]
+        asked = [m["content"][-1]["text"] for m in talk if m["role"] == "user"]
+        answers = [m["content"][0]["text"] for m in talk if m["role"] == "assistant"]
+        assert answers.count(UNKNOWN_ANSWER) == 1
+        assert parse(asked[answers.index(UNKNOWN_ANSWER)]) is None
+        alone += talk[0]["content"][0]["type"] == "text"
+        beside += len(answers) > 1
+    assert alone > 5 and beside > 20
+    held_out = {unknown_question(np.random.default_rng(k), "held_out")[0] for k in range(300)}
+    seen = {unknown_question(np.random.default_rng(k))[0] for k in range(2000)}
+    assert len(held_out) > 100 and not held_out & seen
 
 
 def test_a_hidden_prompt_has_no_rival(tmp_path):

@@ -3,8 +3,8 @@
 unimm train train/longer.py init=unimm/assets/scenes out=runs/longer steps=2000
 
 The stores of pictures are made by train/scenes.py. Compared with stage 3 there is no text alone,
-and drawings (two fifths of the samples, half of these of two objects in a plain relation) also
-tell their prompt from a false one. What this brought, step by step: train/README.md.
+and drawings and edits also tell their prompt from a false one; drawings of two objects, and of
+equal ones, come more often than their share. What this brought, step by step: train/README.md.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from unimm.data.sources import (
     scenes_edits,
     scenes_pictures,
     scenes_questions,
+    scenes_unknown,
 )
 from unimm.training.contrast import contrast_step, contrast_weight, setup_contrast
 
@@ -36,13 +37,20 @@ config = dataclasses.replace(
         "relations": Source(
             scenes_questions,
             weight=1,
-            options={**STORE, "most": 8, "related": True, "types": ("position",)},
+            options={**STORE, "most": 8, "only": "related", "types": ("position",)},
         ),
-        "pictures": Source(scenes_pictures, weight=2.5, options={**STORE, "rivals": True}),
-        "related": Source(
-            scenes_pictures, weight=2, options={**STORE, "related": True, "rivals": True}
+        "unknown": Source(scenes_unknown, weight=0.4, options=STORE),
+        "pictures": Source(scenes_pictures, weight=2, options={**STORE, "rivals": True}),
+        "single": Source(
+            scenes_pictures, weight=0.7, options={**STORE, "only": "single", "rivals": True}
         ),
-        "edits": Source(scenes_edits, weight=1.5, options=EDITS),
+        "pairs": Source(
+            scenes_pictures, weight=2.5, options={**STORE, "only": "pairs", "rivals": True}
+        ),
+        "equal": Source(
+            scenes_pictures, weight=1, options={**STORE, "only": "equal", "rivals": True}
+        ),
+        "edits": Source(scenes_edits, weight=2, options={**EDITS, "rivals": 0.5}),
         "chats": Source(scenes_chats, weight=0.5, options=EDITS),
     },
     steps=2_000,

@@ -20,6 +20,7 @@ from unimm.data.scenes import (
     Scene,
     World,
     describe,
+    edit_holds,
     edits,
     express,
     from_array,
@@ -33,6 +34,7 @@ from unimm.data.scenes import (
     satisfies,
     text_dialogue,
     to_array,
+    unknown_question,
     yes_no_pairs,
 )
 from unimm.data.scenes.language import pick
@@ -46,7 +48,14 @@ ASK_CAPTION = (
 VALIDATION = 10**9  # sources give pictures that training never sees from this index on
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
 EXCHANGES = ("places", "colors", "colors")  # ways to say something false of a scene, as often
-FALSE = (*EXCHANGES, "places", "shape", "color", "number")
+FALSE = (*EXCHANGES, "places", "same", "shape", "color", "size", "number")
+ONLY = {  # some of the pictures, and what is said falsely of them
+    "": FALSE,
+    "single": ("size", "size", "shape", "color"),
+    "pairs": (*EXCHANGES, "same"),
+    "related": EXCHANGES,
+    "equal": ("number",),
+}
 
 
 class PictureStore:
@@ -131,13 +140,27 @@ class PictureStore:
     def scene(self, k: int) -> Scene:
         return from_array(self.scenes[k])
 
-    def related(self) -> np.ndarray:
-        """Indices of the pictures of two different objects with a plain relation, int64 (n,)."""
+    def chosen(self, only: str = "") -> np.ndarray:
+        """Indices of all pictures, or of some, int64 (n,).
+
+        "single": one object; "pairs": two objects of different looks; "related": these, where
+        they are in a plain relation; "equal": two or more objects of one look. Raises ValueError
+        for other words.
+        """
+        if only not in ONLY:
+            raise ValueError(f"no pictures {only!r}: choose one of {', '.join(filter(None, ONLY))}")
+        if not only:
+            return np.arange(len(self))
         found = []
         for k in range(len(self)):
             objects = self.scene(k).objects
-            looks = {(o.shape, o.color) for o in objects}
-            if len(objects) == len(looks) == 2 and main_relation(*objects) is not None:
+            looks = len({(o.shape, o.color) for o in objects})
+            if only in ("single", "equal"):
+                fits = looks == 1 and (len(objects) > 1) == (only == "equal")
+            else:
+                fits = looks == len(objects) == 2
+                fits = fits and (only == "pairs" or main_relation(*objects) is not None)
+            if fits:
                 found.append(k)
         return np.asarray(found, dtype=np.int64)
 
@@ -165,33 +188,33 @@ def _talk(*messages: Message) -> dict[str, Any]:
 def scenes_pictures(
     run: Any,
     store: str,
-    related: bool = False,
+    only: str = "",
     rivals: bool = False,
     world: str = "scenes",
     codes: str = "",
 ) -> Made:
     """Text -> picture; `codes`: a file of codes in place of the store's own.
 
-    Objects are named from top to bottom, the order in which codes are drawn.
-    `related`: only pictures of two different objects with a plain relation, and prompts that name
-    both colours and mostly the relation: what drawing learns last. `rivals`: each with the same
-    picture behind a false prompt, as "false_messages" (see `training.contrast`); of `related` the
-    false one has the two objects, or their colours, exchanged.
+    Objects are named in the order in which codes begin to draw them. `only`: some of the pictures
+    (`PictureStore.chosen`), with plain prompts about what drawing learns last: sizes, which colour
+    goes with which shape, places, numbers. `rivals`: each with the same picture behind a false
+    prompt, as "false_messages" (see `training.contrast`).
     """
     pictures = PictureStore(store, codes or None)
-    chosen = pictures.related() if related else np.arange(len(pictures))
+    chosen = pictures.chosen(only)
 
     def say(scene: Scene, rng: np.random.Generator) -> str:
-        if not related:
+        if not only:
             return prompt(scene, rng, ordered=True)
-        told, background = (bool(rng.random() < share) for share in (0.7, 0.2))
+        background, related, partly = (bool(rng.random() < share) for share in (0.2, 0.4, 0.35))
+        color = 0.5 if partly else 1.0
         return express(
             scene,
             rng,
-            size=False,
-            color=True,
+            size=only == "single" and not partly,
+            color=color,
             background=background,
-            relation=told,
+            relation=related or only == "related",
             ordered=True,
         )
 
@@ -200,21 +223,22 @@ def scenes_pictures(
         scene, picture = pictures.scene(k), assistant(pictures.image(k))
         key = int(rng.integers(2**32))  # true and false prompt are worded in the same way
         talk = _talk(user(say(scene, np.random.default_rng(key))), picture)
-        if rivals:
-            kinds = EXCHANGES if related else FALSE
-            other = say(falsified(scene, WORLDS[world], rng, kinds), np.random.default_rng(key))
+        for _ in range(4 * rivals):
+            false = falsified(scene, WORLDS[world], rng, ONLY[only])
+            other = say(false, np.random.default_rng(key))
             spec = parse(other)
             if spec is not None and not satisfies(scene, spec):
                 talk["false_messages"] = [user(other), picture]
+                break
         return talk
 
-    return Made(make, (run.seed, 1, related))
+    return Made(make, (run.seed, 1, *map(ord, only)))
 
 
 def falsified(
     scene: Scene, world: World, rng: np.random.Generator, kinds: tuple[str, ...] = FALSE
 ) -> Scene:
-    """The scene with two objects or colours exchanged, or one object of another look, more or less.
+    """The scene with two objects or colours exchanged, or one object changed, more or less.
 
     Only for what is said of it (objects may overlap); of the train split. The scene itself, where
     nothing of these kinds was found.
@@ -231,6 +255,12 @@ def falsified(
             colors = objects[a].color, objects[b].color
             objects[b] = replace(objects[b], color=colors[0])
             objects[a] = replace(objects[a], color=colors[1])
+        elif kind == "same":
+            objects[a] = replace(objects[a], shape=objects[b].shape)
+        elif kind == "size":
+            objects[a] = replace(
+                objects[a], size="large" if objects[a].size == "small" else "small"
+            )
         elif kind == "shape":
             objects[a] = replace(objects[a], shape=pick(world.shapes, rng))
         elif kind == "color":
@@ -259,15 +289,15 @@ def scenes_captions(run: Any, store: str) -> Made:
 
 
 def scenes_questions(
-    run: Any, store: str, most: int = 4, related: bool = False, types: tuple[str, ...] = ()
+    run: Any, store: str, most: int = 4, only: str = "", types: tuple[str, ...] = ()
 ) -> Made:
     """Picture and question -> answer; up to `most` turns about one picture.
 
-    `related`: only pictures of two objects with a plain relation. `types`: only such questions
-    (of QUESTION_TYPES), where a picture has any.
+    `only`: some of the pictures (`PictureStore.chosen`). `types`: only such questions (of
+    QUESTION_TYPES), where a picture has any.
     """
     pictures = PictureStore(store)
-    chosen = pictures.related() if related else np.arange(len(pictures))
+    chosen = pictures.chosen(only)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(chosen[rng.integers(len(chosen))])
@@ -279,7 +309,27 @@ def scenes_questions(
             messages += [user(*content), assistant(answer)]
         return _talk(*messages)
 
-    return Made(make, (run.seed, 3, related))
+    return Made(make, (run.seed, 3, *map(ord, only)))
+
+
+def scenes_unknown(run: Any, store: str) -> Made:
+    """Questions that no scene answers, alone, or about a picture beside questions that it does."""
+    pictures = PictureStore(store)
+
+    def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
+        if rng.random() < 0.3:
+            question, answer = unknown_question(rng)
+            return _talk(user(question), assistant(answer))
+        k = int(rng.integers(len(pictures)))
+        turns = [unknown_question(rng), *some_questions(pictures.scene(k), rng, 3)]
+        messages = []
+        for n, t in enumerate(rng.permutation(len(turns))):
+            question, answer = turns[t]
+            content = (pictures.image(k, codes=False), question) if n == 0 else (question,)
+            messages += [user(*content), assistant(answer)]
+        return _talk(*messages)
+
+    return Made(make, (run.seed, 9))
 
 
 def scenes_text(run: Any, world: str = "scenes") -> Made:
@@ -307,14 +357,27 @@ def retold(scene: Scene, rng: np.random.Generator) -> str:
     return describe(scene)
 
 
-def scenes_edits(run: Any, store: str) -> Made:
-    """Picture and instruction -> the changed picture."""
+def scenes_edits(run: Any, store: str, rivals: float = 0.0, world: str = "scenes") -> Made:
+    """Picture and instruction -> the changed picture.
+
+    `rivals`: the share that also has "false_messages", the same pictures around the instruction
+    most like the true one of some that would not have changed the one into the other.
+    """
     pictures = PictureStore(store)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(rng.integers(len(pictures.instructions)))
-        before = {**pictures.image(2 * k), "view": BOTH}
-        return _talk(user(before, pictures.instructions[k]), assistant(pictures.image(2 * k + 1)))
+        before, after = ({**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1))
+        words = pictures.instructions[k]
+        talk = _talk(user(before, words), assistant(after))
+        if rng.random() < rivals:
+            old, new = pictures.scene(2 * k), pictures.scene(2 * k + 1)
+            others = [edits(WORLDS[world], old, rng) for _ in range(8)]
+            false = [said for said, made in others if not edit_holds(old, new, made)]
+            if false:
+                alike = max(false, key=lambda said: len({*said.split()} & {*words.split()}))
+                talk["false_messages"] = [user(before, alike), assistant(after)]
+        return talk
 
     return Made(make, (run.seed, 5))
 

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unimm.data.processor import Message, user
-from unimm.data.scenes import WORLDS, check, parse, prompt, sample_scene
+from unimm.data.scenes import TASKS, WORLDS, check, parse, prompt, sample_scene, task_prompt
 from unimm.inference.engine import Request
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
@@ -46,13 +46,16 @@ class Sampling:
 
 
 def scenes_prompts(count: int, world: str, seed: int = 0) -> list[str]:
-    """`count` different prompts about scenes of the train split."""
+    """`count` different prompts about scenes of the train split: half of them free, half as those
+    of GenEval's tasks in turn."""
     found: dict[str, None] = {}
     for k in range(100 * count):
         if len(found) == count:
             break
         rng = np.random.default_rng((seed, 31, k))
-        found.setdefault(prompt(sample_scene(WORLDS[world], rng), rng))
+        task = TASKS[k // 2 % len(TASKS)] if k % 2 else None
+        scene = sample_scene(WORLDS[world], rng, task=task)
+        found.setdefault(task_prompt(scene, task, rng) if task else prompt(scene, rng))
     return list(found)
 
 

@@ -21,6 +21,7 @@ from .questions import (
 )
 from .references import refer
 from .sampling import TASKS, sample_scene
+from .unknown import UNKNOWN_ANSWER, unknown_question
 from .world import (
     ARRAY_LENGTH,
     RELATIONS,
@@ -52,6 +53,7 @@ __all__ = [
     "SPLITS",
     "TASKS",
     "UNKNOWN",
+    "UNKNOWN_ANSWER",
     "WORLDS",
     "Object",
     "Question",
@@ -85,6 +87,7 @@ __all__ = [
     "task_prompt",
     "text_dialogue",
     "to_array",
+    "unknown_question",
     "yes_no_pairs",
 ]
 

@@ -4,10 +4,11 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from .world import OPPOSITE, Object, Scene, held_out_pair, main_relation
+from .world import OPPOSITE, WORLDS, Object, Scene, held_out_pair, main_relation
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
@@ -17,6 +18,8 @@ RELATION_PHRASES = {
     "above": ("above", "over", "on top of", "higher than"),
     "below": ("below", "under", "beneath", "underneath", "lower than"),
 }
+
+_MAX_LOOKS = max(world.max_objects for world in WORLDS.values())
 
 _OPENINGS = (
     "a picture of {}",
@@ -74,12 +77,11 @@ def prompt(scene: Scene, rng: np.random.Generator, ordered: bool = False) -> str
 
     Names every object; may leave out sizes, background and colours, may state a true relation.
     """
-    size, color = rng.random() < 0.3, rng.random() < 0.88
     return express(
         scene,
         rng,
-        size=size,
-        color=color,
+        size=bool(rng.random() < 0.4),
+        color=pick((0.0, 0.5, 0.5, *[1.0] * 7), rng),
         background=bool(rng.random() < 0.4),
         relation=bool(rng.random() < 0.6),
         ordered=ordered,
@@ -125,7 +127,7 @@ def express(
     rng: np.random.Generator,
     *,
     size: bool,
-    color: bool,
+    color: float,
     background: bool,
     relation: bool,
     opening: bool = True,
@@ -133,10 +135,17 @@ def express(
 ) -> str:
     """A random phrasing that says exactly the attributes asked for (a relation where one is clear).
 
-    `opening`: whether it may begin with "draw ", "a picture of " and the like. `ordered`: objects
-    without a relation are named from top to bottom, as a picture is drawn; else in any order.
+    `color`: the share of looks whose colour is said. `opening`: whether it may begin with "draw ",
+    "a picture of " and the like. `ordered`: objects without a relation are named in the order of
+    `raster`, as a picture is drawn; else in any order.
     """
-    key = _key(size, color)
+    in_order = sorted(scene.objects, key=raster)
+    looks = dict.fromkeys(map(_look, in_order))
+    told = dict(zip(looks, rng.random(_MAX_LOOKS) < color, strict=False))  # draws as many always
+
+    def key(o: Object) -> tuple:
+        return o.size if size else None, o.color if told[_look(o)] else None, o.shape
+
     related = _related(scene) if relation else None
     frame = pick(_OPENINGS, rng) if opening and rng.random() < 0.6 else "{}"
     digits = bool(rng.random() < 0.25)
@@ -150,7 +159,7 @@ def express(
         verb = " is" if frame == "{}" and rng.random() < 0.25 else ""
         body = f"{first}{verb} {words} {second}"
     else:
-        groups = grouped(scene.objects, key, lambda o: o.y)
+        groups = grouped(scene.objects, key, raster)
         shuffled = [groups[i] for i in rng.permutation(len(groups))]
         groups = groups if ordered else shuffled
         count = groups[0][0]
@@ -192,7 +201,7 @@ def enumerate_words(words: list[str]) -> str:
 def grouped(
     objects: tuple[Object, ...],
     key: Callable[[Object], tuple],
-    by: Callable[[Object], float] = lambda o: o.x,
+    by: Callable[[Object], Any] = lambda o: o.x,
 ) -> list[Group]:
     """Objects of equal `key` (size, colour, shape) as groups, by their first (leftmost) member."""
     counts: dict[tuple, int] = {}
@@ -206,8 +215,13 @@ def pick(options: tuple | list, rng: np.random.Generator):
     return options[int(rng.random() * len(options))]
 
 
-def _key(size: bool, color: bool) -> Callable[[Object], tuple]:
-    return lambda o: (o.size if size else None, o.color if color else None, o.shape)
+def raster(o: Object) -> tuple[int, float]:
+    """The order in which a picture of 8 x 8 codes begins its objects: row by row, from the left."""
+    return int(8 * (o.y - WORLDS["scenes"].sizes[o.size] * o.scale)), o.x
+
+
+def _look(o: Object) -> tuple[str, str]:
+    return o.shape, o.color
 
 
 def _related(scene: Scene) -> tuple[Object, str, Object] | None:
