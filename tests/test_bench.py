@@ -8,8 +8,9 @@ from PIL import Image
 
 from unimm import cli
 from unimm.evaluation import bench
+from unimm.evaluation.bench_pair import Size
 
-SMALL = bench.Size(64, 2, 2, 96, 128, 64, 64, 32, (32, 1, 2))
+SMALL = Size(64, 2, 2, 96, 128, 64, 64, 32, (32, 1, 2))
 
 
 @pytest.fixture

@@ -402,6 +402,19 @@ def test_best_against_worst_with_stored_codes(tiny_unimm, tmp_path):
         made.choose_pairs(tiny_unimm, rows, brightness, tmp_path / "p.jsonl", margin=1e9)
 
 
+def test_several_pairs_a_prompt(tiny_unimm, tmp_path):
+    """The k-th best against the k-th worst, and never an answer against one that is as good."""
+    rows = made.sample_candidates(tiny_unimm, PROMPTS[:1], tmp_path / "c.jsonl", made.Sampling(6))
+    (answers,) = (row["answers"] for row in rows)
+    assert len(answers) == 6
+    path, scores = tmp_path / "p.jsonl", [0.0, 1.0, 0.5, 1.0, 0.0, 0.5]
+    for each, count in ((1, 1), (2, 2), (9, 2)):
+        report = made.choose_pairs(tiny_unimm, rows, lambda m, r: [scores], path, 0.0, each)
+        pairs = [(p["chosen"], p["rejected"]) for p in read_preferences(path)]
+        assert report["pairs"] == count
+        assert pairs == [(answers[1], answers[0]), (answers[3], answers[4])][:count]
+
+
 def test_words_can_be_preferred_too(tiny_unimm, tmp_path):
     how = made.Sampling(4, answer="text")
     rows = made.sample_candidates(tiny_unimm, ["say a word"], tmp_path / "c.jsonl", how)

@@ -128,9 +128,41 @@ def test_a_real_model_runs_through_and_is_reproducible(tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text()) == json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("n", ["0", "-3"])
-def test_n_is_checked(n, capsys):
-    assert main(["eval", "scenes", "--n", n]) == 2
+def test_best_of_counts_the_picture_that_the_model_chooses(monkeypatch):
+    """Of three tries the second is right; a judge that sees takes it, one that errs does not."""
+    oracle, seeds = Oracle(monkeypatch), []
+
+    def draw(model, talks, settings, seed, blind=False):
+        if settings.guidance == 2.0:
+            seeds.append(seed)
+        right = len(seeds) % 3 == 2 or settings.guidance == 7.5
+        scenes = oracle.after if settings.guidance == 7.5 else oracle.drawn
+        yield from [
+            render(s, "scenes-mini") for s in (scenes if right else scenes[1:] + scenes[:1])
+        ]
+        if len(seeds) % 3 == 0 or settings.guidance == 7.5:
+            scenes.clear()
+
+    def judge(sign):
+        return lambda model, processor, pictures, prompts: [
+            sign * bench.check(picture, words, "scenes-mini")
+            for picture, words in zip(pictures, prompts, strict=True)
+        ]
+
+    oracle.model = None
+    monkeypatch.setattr(bench, "draw", draw)
+    for sign, low, high in ((1.0, 1.0, 1.0), (-1.0, 0.0, 0.4)):
+        monkeypatch.setattr(bench, "agreement", judge(sign))
+        result = bench.evaluate(oracle, n=36, best_of=3)
+        assert low <= result["seen"]["generation"]["overall"] <= high
+        assert result["seen"]["edits"]["overall"] == 1.0
+        assert result["protocol"]["best_of"] == 3
+    assert seeds[0] == 1000 * 100_003 and len(set(seeds)) == 3  # the first try is that of best_of=1
+
+
+@pytest.mark.parametrize("words", [["--n", "0"], ["--n", "-3"], ["--best-of", "0"]])
+def test_n_is_checked(words, capsys):
+    assert main(["eval", "scenes", *words]) == 2
     assert "1 or more" in capsys.readouterr().err
 
 

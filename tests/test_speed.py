@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from unimm.data.processor import Sample, assistant, user
-from unimm.evaluation.bench import start_peak
+from unimm.evaluation.bench_clock import start_peak
 from unimm.inference import kernel, stepper
 from unimm.inference.engine import Engine, Request
 from unimm.inference.prefill import Prompts, common, grouped, slot_keys

@@ -133,6 +133,8 @@ def preferences(args: argparse.Namespace) -> None:
         check_writable(path, folder=False, endings=(".jsonl",))
     if args.scenes is not None and (args.prompts is not None or args.scenes < 1):
         raise ValueError("give either --prompts FILE or --scenes N, with N of 1 or more")
+    if args.pairs < 1:
+        raise ValueError("--pairs must be 1 or more")
     model = load(args)
     if args.prompts is None and args.scenes is None:
         if not candidates.is_file():
@@ -150,7 +152,7 @@ def preferences(args: argparse.Namespace) -> None:
         )
         rows = made.sample_candidates(model, prompts, candidates, how)
     judge = made.find_judge(args.judge, rows)
-    print(json.dumps(made.choose_pairs(model, rows, judge, out, args.margin)))
+    print(json.dumps(made.choose_pairs(model, rows, judge, out, args.margin, args.pairs)))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -159,13 +161,15 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.benchmark not in BENCHMARKS:
         names = ", ".join(BENCHMARKS)
         raise ValueError(f"no benchmark {args.benchmark!r}: choose one of {names}")
-    if (args.n is not None and args.n < 1) or args.seeds < 1:
-        raise ValueError("--n and --seeds must be 1 or more")
+    if (args.n is not None and args.n < 1) or args.seeds < 1 or args.best_of < 1:
+        raise ValueError("--n, --seeds and --best-of must be 1 or more")
     for path in filter(None, (args.json, args.items)):
         check_writable(Path(path), folder=False, endings=(".json",))
     options: dict[str, Any] = {} if args.n is None else {"n": args.n}
     if args.guidance is not None:
         options["guidance"] = args.guidance
+    if args.best_of > 1:
+        options["best_of"] = args.best_of
     run = BENCHMARKS[args.benchmark]()
     if args.before:
         options["before"] = read_json(args.before)
@@ -193,7 +197,7 @@ def bench(args: argparse.Namespace) -> None:
     for name, ending in ((args.json, ".json"), (args.chart, ".png")):
         if name:
             check_writable(Path(name), folder=False, endings=(ending,))
-    lists = (args.sizes, args.dtypes, args.batches, args.what)
+    lists = (args.sizes, args.dtypes, args.batches, args.measures or args.what)
     found = speed.bench(*lists, rounds=args.rounds, steps=args.steps, model=args.model)
     if args.json:
         text = json.dumps(found, indent=1) + "\n"
@@ -272,6 +276,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     p.add_argument("--scenes", type=int, metavar="N", help="N prompts of the training split")
     p.add_argument("--answers", type=int, default=8, help="answers drawn for each prompt")
+    p.add_argument("--pairs", type=int, default=1, metavar="N", help="pairs a prompt, at most")
     p.add_argument("--candidates", metavar="FILE", help="where all answers are kept")
     p.add_argument("--margin", type=float, default=0.0, help="least difference of two scores")
     add_sampling(p, filters=False)
@@ -282,6 +287,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, default=1, help="how many seeds")
     p.add_argument("--guidance", type=float, help="the model's own if absent")
     p.add_argument("--blind", action="store_true", help="control: hide prompts and pictures")
+    p.add_argument("--best-of", type=int, default=1, help="the model chooses among so many")
     p.add_argument("--json", metavar="FILE", help="write the result there too")
     p.add_argument("--items", metavar="FILE", help="write there what was right, item by item")
     p.add_argument("--before", metavar="FILE", help="another model's --items: what changed")
@@ -289,11 +295,12 @@ def make_parser() -> argparse.ArgumentParser:
     p = command("compare", compare, "train and evaluate the variants of a study on one budget")
     p.add_argument("study", metavar="STUDY.py")
     p.add_argument("-o", "--out", default="runs/study", help="the folder of runs and tables")
-    p = command("bench", bench, "time drawing and answering against transformers and the floor")
+    p = command("bench", bench, "time drawing, answering and training against transformers")
+    p.add_argument("measures", nargs="*", metavar="WHAT", help="the same as --what")
     p.add_argument("--sizes", nargs="+", default=["tiny", "mid"], help="tiny, mid")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     p.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="pictures a step")
-    p.add_argument("--what", nargs="+", default=["draw"], help="draw, picture, answer")
+    p.add_argument("--what", nargs="+", default=["draw"], help="draw, picture, answer, train")
     p.add_argument("--rounds", type=int, default=3, help="turns of each")
     p.add_argument("--steps", type=int, default=16, help="steps of a turn")
     p.add_argument("--model", metavar="DIR", help="a Hugging Face Janus folder, instead of sizes")

@@ -1,4 +1,4 @@
-"""`unimm bench`: drawing and answering, against transformers on the same weights and the floor.
+"""`unimm bench`: draws, answers and trains, against transformers on the same weights and the floor.
 
 Both models are in one process and take turns, so that what else the machine does hits both; a
 figure is a median over turns. transformers is taken at its best: each kind of cache and attention
@@ -6,14 +6,11 @@ is timed, and the fastest counts. Steps are timed at mid-image. The floor of a s
 bytes cost at the bandwidth, or its products at the speed of a large product, measured on the spot.
 """
 
-import os
-import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +19,17 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from unimm.checkpoints import janus
-from unimm.checkpoints.load import load_model
-from unimm.data.processor import Processor, Sample, Template
-from unimm.inference.engine import Engine, Request
+from unimm.data.processor import Sample
+from unimm.evaluation.bench_clock import alternate, bandwidth, flops, machine, result
+from unimm.evaluation.bench_pair import ATTENTION, PROMPT, SIZES, Pair, loaded_pair, random_pair
+from unimm.evaluation.bench_train import train
+from unimm.inference.engine import Request
 from unimm.inference.sampling import Settings
-from unimm.model.image_tokenizer import VQTokenizer
 from unimm.model.unified import PATCH, TEXT, SeenImage, UnifiedModel
 
-PROMPT = 32  # slots of a prompt
 GUIDANCE = 5.0
 WARM = 2  # steps of a run that are not counted
 CACHES = ("dynamic", "static")
-ATTENTION = ("sdpa", "eager")
-
-
-@dataclass(frozen=True)
-class Size:
-    """A Janus of random weights. side: pixels of a picture, 16 a code and a patch."""
-
-    dim: int
-    layers: int
-    heads: int
-    hidden: int
-    words: int
-    codes: int
-    side: int
-    vq_channels: int
-    vision: tuple[int, int, int]  # width, layers, heads
-
-
-SIZES = {
-    "tiny": Size(256, 6, 4, 1024, 8192, 1024, 128, 32, (256, 4, 4)),
-    "mid": Size(768, 12, 12, 3072, 32000, 16384, 384, 128, (384, 12, 6)),
-}
-
-
-@dataclass
-class Pair:
-    """transformers' model, and ours with the same weights."""
-
-    theirs: Any
-    engine: Engine
-    dtype: torch.dtype
-
-    @property
-    def template(self) -> Template:
-        return self.engine.processor.template
 
 
 def bench(
@@ -82,8 +43,9 @@ def bench(
 ) -> dict[str, Any]:
     """All rows of the table: {"machine": {…}, "rows": [{…}]}; times in milliseconds.
 
-    what: "draw" (a step), "picture" (all codes and the pixels), "answer" (to a picture). model: a
-    Hugging Face Janus folder in place of `sizes`. Raises ValueError for names that are not there.
+    what: "draw" (a step), "picture" (all codes and the pixels), "answer" (to a picture), "train"
+    (a forward and backward). model: a Hugging Face Janus folder in place of `sizes`. Raises
+    ValueError for names that are not there, and where the two models do not train alike.
     """
     from transformers import logging
 
@@ -94,10 +56,13 @@ def bench(
                 raise ValueError(f"no {name!r} to measure: choose from {', '.join(known)}")
     rows = []
     for name in [model] if model else sizes:
+        load = partial(loaded_pair, name) if model else partial(random_pair, SIZES[name])
+        made = lru_cache(1)(load)
         for dtype in dtypes:
             kind = getattr(torch, dtype)
-            pair = loaded_pair(name, kind) if model else random_pair(SIZES[name], kind)
             for measure in what:
+                weights = torch.float32 if measure == "train" else kind  # training is by autocast
+                pair = replace(made(weights), dtype=kind)
                 for batch in batches if measure == "draw" else batches[:1]:
                     case = {"what": measure, "size": Path(name).name, "dtype": dtype}
                     found = MEASURES[measure](pair, batch, rounds, steps)
@@ -175,6 +140,7 @@ MEASURES: dict[str, Callable[[Pair, int, int, int], list[dict[str, Any]]]] = {
     "draw": draw,
     "picture": picture,
     "answer": answer,
+    "train": train,
 }
 
 
@@ -295,87 +261,7 @@ def agreement(pair: Pair, ids: Tensor, steps: int) -> float:
     return float((torch.tensor(ours) == theirs).float().mean())
 
 
-# ---------------------------------------------------------------- models and prompts
-
-
-def random_pair(size: Size, dtype: torch.dtype) -> Pair:
-    """Both models with one set of random weights."""
-    from transformers import (
-        JanusConfig,
-        JanusForConditionalGeneration,
-        JanusVisionConfig,
-        LlamaConfig,
-    )
-    from transformers.models.janus.configuration_janus import JanusVQVAEConfig
-
-    torch.manual_seed(0)
-    template = Template.after(size.words - 8)  # the word after them stands for patches
-    width, layers, heads = size.vision
-    config = JanusConfig(
-        text_config=LlamaConfig(
-            hidden_size=size.dim, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-            num_key_value_heads=size.heads, intermediate_size=size.hidden, vocab_size=size.words,
-            max_position_embeddings=2048, bos_token_id=template.bos, pad_token_id=template.pad,
-            eos_token_id=template.end_of_turn,
-        ),
-        vision_config=JanusVisionConfig(
-            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            image_size=size.side, patch_size=16, projection_dim=size.dim, depth=2,
-            num_image_tokens=(size.side // 16) ** 2,
-        ),
-        vq_config=JanusVQVAEConfig(
-            embed_dim=8, num_embeddings=size.codes, base_channels=size.vq_channels,
-            projection_dim=size.dim, image_token_embed_dim=size.dim, num_hidden_layers=2,
-            latent_channels=256,
-        ),
-        image_token_id=size.words - 1,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    theirs = JanusForConditionalGeneration(config).eval()
-    rows = theirs.model.vqmodel.quantize.embedding.weight
-    rows.data.copy_(torch.nn.functional.normalize(rows.data, dim=-1))
-    return paired(theirs, config.to_dict(), template, size.side, dtype)
-
-
-def loaded_pair(folder: str, dtype: torch.dtype) -> Pair:
-    """Both models from a Hugging Face Janus folder."""
-    from transformers import JanusForConditionalGeneration
-
-    theirs = JanusForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
-    model, processor, _ = load_model(folder, str(dtype).split(".")[1])
-    use_ids(theirs, processor.template)
-    return Pair(theirs, Engine(model, processor), dtype)
-
-
-def paired(
-    theirs: Any, data: dict[str, Any], template: Template, side: int, dtype: torch.dtype
-) -> Pair:
-    config, codes = janus.hugging_face_configs(data, "the bench", head_stored=True)
-    with torch.device("meta"):
-        model, image_tokenizer = UnifiedModel(config), VQTokenizer(codes)
-    theirs = theirs.to(dtype)
-    ours: dict[str, Tensor] = {}
-    for name, tensor in theirs.state_dict().items():
-        ours |= janus.from_hugging_face(name, tensor.clone())
-    prefix = "image_tokenizer."
-    drawn = {k.removeprefix(prefix): v.float() for k, v in ours.items() if k.startswith(prefix)}
-    image_tokenizer.load_state_dict(drawn, assign=True)
-    model.load_state_dict({k: v for k, v in ours.items() if prefix not in k}, assign=True)
-    processor = Processor(
-        None, image_tokenizer.eval(), template, side, (side // 16) ** 2, side,
-        config.decoder.max_positions,
-    )  # fmt: skip
-    use_ids(theirs, template)
-    return Pair(theirs, Engine(model, processor), dtype)
-
-
-def use_ids(theirs: Any, template: Template) -> None:
-    """Tell transformers' loop the special tokens of ours."""
-    config = theirs.generation_config
-    config.bos_token_id, config.pad_token_id = template.bos, template.pad
-    config.eos_token_id = template.end_of_turn
-    config.generation_kwargs = {"boi_token_id": template.begin_image}
-    config.top_k = None
+# ---------------------------------------------------------------- prompts and floors
 
 
 def prompts(pair: Pair, batch: int, length: int) -> Tensor:
@@ -411,44 +297,6 @@ def question(pair: Pair) -> Sample:
     return Sample(ids, kind, none.astype(np.float32), none, [image])
 
 
-# ---------------------------------------------------------------- clocks and floors
-
-
-def alternate(
-    turns: dict[str, Callable[[], list[float]]], rounds: int, whole: bool = False
-) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """Each turn once a round, after one round that is not counted.
-
-    Returns medians of the runs (or the runs, `whole`), and the peak memory of each turn beyond
-    what was held before it, in bytes (0 where the system does not tell).
-    """
-    timed: dict[str, list[Any]] = {name: [] for name in turns}
-    memory = dict.fromkeys(turns, 0)
-    for k in range(rounds + 1):
-        for name, turn in turns.items():
-            before = start_peak()
-            run = turn()
-            memory[name] = max(memory[name], peak() - before if before else 0)
-            if k:
-                timed[name].append(run if whole else statistics.median(run))
-    return timed, memory
-
-
-def result(timed: dict[str, list[float]], memory: dict[str, int]) -> dict[str, Any]:
-    """Medians in milliseconds, and the ratio to the best of transformers' variants."""
-    medians = {name: statistics.median(runs) * 1e3 for name, runs in timed.items()}
-    ours = medians.pop("unimm")
-    best = min(medians, key=medians.__getitem__)
-    return {
-        "unimm": ours,
-        "transformers": medians,
-        "best": best,
-        "ratio": medians[best] / ours,
-        "spread": [min(timed["unimm"]) * 1e3, max(timed["unimm"]) * 1e3],
-        "memory": {"unimm": memory["unimm"], "transformers": memory[best]},
-    }
-
-
 def step_parameters(model: UnifiedModel) -> list[Tensor]:
     """What a step of drawing reads."""
     kept = [p for n, p in model.decoder.named_parameters() if not n.startswith("embed_tokens")]
@@ -466,82 +314,22 @@ def step_bytes(pair: Pair, batch: int, slots: int) -> int:
     )
 
 
-def bandwidth(size: int) -> float:
-    """Bytes a second at which so many bytes are read again and again (in cache, if they fit)."""
-    data = torch.ones(size // 4)
-    return size / best_of(data.sum)
-
-
-def flops(dtype: torch.dtype) -> float:
-    """Operations a second of a large product."""
-    a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    return 2 * 1024**3 / best_of(lambda: a @ b)
-
-
-def best_of(work: Callable[[], Any], times: int = 7) -> float:
-    """Least seconds of several runs."""
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return min(found)
-
-
-def start_peak() -> int:
-    """Bytes held now, with the peak set back to them; 0 where the system does not tell."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return 0
-
-
-def peak() -> int:
-    try:
-        return _status("VmHWM")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def machine() -> dict[str, Any]:
-    import transformers
-
-    return {
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 # ---------------------------------------------------------------- a table and a chart
 
 
 def table(found: dict[str, Any]) -> str:
     """The rows as text."""
-    lines = [f"{'':34}{'unimm':>10}{'transformers':>14}{'ratio':>8}  floor  at its best"]
+    lines = [f"{'':38}{'unimm':>10}{'transformers':>14}{'ratio':>8}  floor  at its best"]
     for row in found["rows"]:
         floor = f"{row['share']:6.0%}" if "share" in row else f"{'':6}"
         lines.append(
-            f"{label(row):34}{row['unimm']:8.2f}ms{row['transformers'][row['best']]:12.2f}ms"
+            f"{label(row):38}{row['unimm']:8.2f}ms{row['transformers'][row['best']]:12.2f}ms"
             f"{row['ratio']:7.2f}x {floor}  {row['best']}"
         )
+        if "tokens_per_second" in row:
+            ours, theirs = (row["tokens_per_second"][k] for k in ("unimm", "transformers"))
+            held = row["memory_ratio"] and f", {row['memory_ratio']:.2f} of the peak memory"
+            lines.append(f"{'':38}{ours:.0f} against {theirs:.0f} tokens/s{held or ''}")
     return "\n".join(lines)
 
 

@@ -33,12 +33,14 @@ from unimm.data.scenes import (
 )
 from unimm.data.sources import sample_edit
 from unimm.inference.engine import Request
+from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
 from unimm.pipeline import UniMM, edit_messages
 
 HEADS = {"generation": TASKS, "understanding": ("yes_no",), "edits": ("edit",)}
 SPLITS = {"held_out": ("pairs", "triples"), "seen": ("train",)}
 BATCH = 32
+AGAIN = 1_000_000_007  # between the seeds of several pictures of one prompt
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Protocol:
     edit_guidance: float = 1.0
     temperature: float = 1.0
     blind: bool = False
+    best_of: int = 1
 
 
 @dataclass
@@ -95,11 +98,14 @@ def evaluate(
     temperature: float = 1.0,
     world: str | None = None,
     before: list[Any] | None = None,
+    best_of: int = 1,
 ) -> dict[str, Any]:
     """All scores of a model on Scenes, in 0..1, means over `seeds` runs on different scenes.
 
     `blind`: the control, which draws without the prompt's words and answers about a grey picture.
     `before`: the "items" of another model's result; what changed is then in "paired".
+    `best_of`: of so many pictures of a prompt, the first of them those of best_of=1, the one counts
+    that the model itself chooses (`generate(…, best_of=…)`); edits are drawn once.
     Returns {"held_out": {"generation": …, "understanding": …, "edits": …}, "seen": {…},
     "protocol": {…}, "items": [what was right, one entry a seed]}.
     """
@@ -112,6 +118,7 @@ def evaluate(
         edit_guidance=model.sampling.get("edit_guidance", 1.0),
         temperature=temperature,
         blind=blind,
+        best_of=best_of,
     )
     runs = [one_seed(model, protocol, protocol.first_seed + k) for k in range(seeds)]
     scored = [scores(run) for run in runs]
@@ -196,7 +203,11 @@ def score_generation(model: UniMM, protocol: Protocol, split: str, seed: int) ->
             jobs.append((task, task_prompt(scene, task, rng)))
     settings = Settings(protocol.guidance, protocol.temperature)
     talks = [[user(words)] for _, words in jobs]
-    pixels = draw(model, talks, settings, seed * 100_003, protocol.blind)
+    tries = [
+        list(draw(model, talks, settings, seed * 100_003 + again * AGAIN, protocol.blind))
+        for again in range(protocol.best_of)
+    ]
+    pixels = best(model, tries, [words for _, words in jobs])
     for k, ((task, words), picture) in enumerate(zip(jobs, pixels, strict=True)):
         tally.add(task, k, check(picture, words, protocol.world))
     return tally
@@ -268,6 +279,15 @@ def draw(
         pixels = processor.pixels([answer.codes for answer in answers], dtype)
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         yield from levels.permute(0, 2, 3, 1).numpy()
+
+
+def best(model: UniMM, tries: list[list[Any]], prompts: list[str]) -> list[Any]:
+    """Of several pictures a prompt, the one that the model thinks fits best, see `agreement`."""
+    if len(tries) == 1:
+        return tries[0]
+    scores = [agreement(model.model, model.processor, pictures, prompts) for pictures in tries]
+    chosen = np.argmax(scores, axis=0)
+    return [tries[again][k] for k, again in enumerate(chosen)]
 
 
 def summary(kind: str, tallies: list[Tally]) -> dict[str, float]:

@@ -201,12 +201,18 @@ def find_judge(name: str, rows: list[Row]) -> Judge:
 
 
 def choose_pairs(
-    model: UniMM, rows: list[Row], judge: Judge, path: Path, margin: float = 0.0
+    model: UniMM,
+    rows: list[Row],
+    judge: Judge,
+    path: Path,
+    margin: float = 0.0,
+    each: int = 1,
 ) -> dict[str, Any]:
     """Write the best against the worst answer of every prompt; returns counts and mean scores.
 
-    Prompts whose best and worst score differ by `margin` or less give no preference. Of equal
-    scores the earlier answer counts as the better one.
+    `each`: so many pairs of a prompt at most, the second best against the second worst and so on.
+    Answers whose scores differ by `margin` or less give no preference. Of equal scores the earlier
+    answer counts as the better one, and as the worse one.
     """
     pairs, scores = [], []
     for k in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc="judging", disable=None):
@@ -215,11 +221,13 @@ def choose_pairs(
             if not found:
                 continue
             scores.append((float(np.mean(found)), max(found)))
-            best, worst = int(np.argmax(found)), int(np.argmin(found))
-            if found[best] - found[worst] > margin:
-                a, b = row["answers"][best], row["answers"][worst]
-                kept = {"id": row["id"], "scores": [found[best], found[worst]]}
-                pairs.append({"prompt": row["prompt"], "chosen": a, "rejected": b, **kept})
+            order = np.argsort([-score for score in found], kind="stable")[:each].tolist()
+            other = np.argsort(found, kind="stable")[:each].tolist()
+            for best, worst in zip(order, other, strict=True):
+                if found[best] - found[worst] > margin:
+                    a, b = row["answers"][best], row["answers"][worst]
+                    kept = {"id": row["id"], "scores": [found[best], found[worst]]}
+                    pairs.append({"prompt": row["prompt"], "chosen": a, "rejected": b, **kept})
     if not pairs:
         raise ValueError("the judge prefers no answer to another, so there are no preferences")
     write_lines(path, pairs)
