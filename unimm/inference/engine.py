@@ -7,7 +7,7 @@ function of (seed, place, code), so a guess that comes out as guessed is what on
 would have given (coupled Jacobi decoding, arXiv 2410.01699 without its randomness).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unimm.data.processor import Processor, Sample
+from unimm.inference.graphs import Drawer, Step
 from unimm.inference.prefill import Prompts, place, slot_keys
 from unimm.inference.sampling import Settings, choose
 from unimm.inference.stepper import Stepper
@@ -23,6 +24,7 @@ from unimm.model.decoder import KVCache
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
 MAX_IMAGES = 4  # pictures that one free answer may hold
+AT_ONCE = 8  # codes that a stream fetches from the device together
 
 
 @dataclass
@@ -65,7 +67,13 @@ class Engine:
 
     What a request gets depends on its seed alone, not on what else is under way. `window`: codes
     that one step may try at once (exact parallel decoding); 1 is best on a CPU.
+
+    static: whether a call for pictures alone goes through steps of fixed shape (graphs.py); None:
+    on a GPU. compiler: what these steps are compiled with, such as torch.compile; None: nothing.
     """
+
+    static: bool | None = None
+    compiler: Callable[[Step], Step] | None = None
 
     def __init__(self, model: UnifiedModel, processor: Processor, window: int = 1):
         self.model, self.processor, self.window = model.eval(), processor, window
@@ -76,13 +84,16 @@ class Engine:
         self._never["any"] = ~allowed.index_fill(0, torch.tensor([t.begin_image]), True)
         self._stepper = Stepper(model)
         self._prompts = Prompts(model, processor)
+        self._drawer = Drawer(self._stepper)
         self._pool: _Pool | None = None
         self._count = 0
 
     def run(self, requests: Sequence[Request], settings: Settings) -> list[Answer]:
         """All requests to their end."""
         last: list[Answer] = []
-        for answers in self.stream(requests, settings):
+        fixed = self._fixed(requests, settings)
+        steps = self._pictures(requests, settings) if fixed else self.stream(requests, settings)
+        for answers in steps:
             last = answers
         return last
 
@@ -92,6 +103,9 @@ class Engine:
 
         Raises ValueError where a prompt leaves no room in the context for its answer.
         """
+        if self._fixed(requests, settings):
+            yield from self._pictures(requests, settings, AT_ONCE)
+            return
         pool = _Pool(self)
         jobs = [_Job(self, request, settings) for request in requests]
         pool.waiting += list(enumerate(jobs))
@@ -121,6 +135,40 @@ class Engine:
         """Forget a request, queued or under way; an id that is not there is no error."""
         if self._pool is not None:
             self._pool.drop([request])
+
+    def _fixed(self, requests: Sequence[Request], settings: Settings) -> bool:
+        """Whether a call goes through steps of fixed shape: for pictures alone, without filters."""
+        device = self._stepper.device.type
+        if not (device == "cuda" if self.static is None else self.static):
+            return False
+        plain = not settings.top_k and settings.top_p == 1 and self.window == 1
+        alone = not self.processor.gridded and not torch.is_autocast_enabled(device)
+        return plain and alone and {r.mode for r in requests} == {"image"}
+
+    @torch.inference_mode()
+    def _pictures(
+        self, requests: Sequence[Request], settings: Settings, every: int | None = None
+    ) -> Iterator[list[Answer]]:
+        """`stream` by steps of fixed shape: the host fetches `every` so many codes, or all."""
+        jobs = [_Job(self, request, settings) for request in requests]
+        samples, count = [request.sample for request in requests], jobs[0].per_image
+        samples += [self.processor.unguided(s) for s in samples] if jobs[0].guided else []
+        self._refresh()
+        filled = self._prompts.fill(samples, max(map(len, samples)))
+        new = self._drawer.draw(
+            *filled, [r.seed for r in requests], count, settings, every or count, self.compiler
+        )
+        del filled  # what it holds is in the drawer's cache after the first code
+        for fetched in new:
+            for codes in zip(*fetched, strict=True):  # one of every picture
+                for job, code in zip(jobs, codes, strict=True):
+                    job.add_code(code)
+                yield [job.answer for job in jobs]
+
+    def _refresh(self) -> None:
+        """Make the weights ready; what was computed with others is forgotten."""
+        if self._stepper.refresh():
+            self._prompts.kept = self._drawer.kept = None
 
 
 class _Job:
@@ -206,8 +254,8 @@ class _Pool:
 
     def step(self) -> dict[int, Answer]:
         """Advance what is under way, take in what waits, and choose a slot (or more) for each."""
-        if not self.jobs and self.stepper.refresh():
-            self.engine._prompts.kept = None
+        if not self.jobs:
+            self.engine._refresh()
         hidden: dict[int, list[Tensor]] = {}  # by job and branch: (window, D)
         window = 1
         if self.jobs:

@@ -5,6 +5,8 @@ and a row may have a window of several slots. Few slots go through the kernel in
 many, torch does the products and the kernel the attention; without a kernel torch does it all.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +38,11 @@ class Stepper:
     def dtype(self) -> torch.dtype:
         return self.model.decoder.norm.weight.dtype
 
+    @property
+    def signature(self) -> tuple | None:
+        """Of the weights that are ready: it differs where they do."""
+        return self._signature
+
     def refresh(self) -> bool:
         """Make the weights ready if they are not those that were; whether they have changed."""
         found = signature(self.model)
@@ -49,13 +56,19 @@ class Stepper:
 
     def embed(self, ids: Tensor, kinds: list[int]) -> Tensor:
         """Ids (M,) of TEXT and CODE slots -> (M, D)."""
-        shared = self.model.config.pathway == "shared"
         if all(kind == TEXT for kind in kinds):
             return self.model.decoder.embed_tokens(ids)
-        if all(kind == CODE for kind in kinds) and not shared:
-            return F.embedding(ids, self.table())
+        if all(kind == CODE for kind in kinds):
+            return self.code_embedding()(ids)
         kind = torch.tensor(kinds, device=ids.device)
         return self.model.embed_ids(ids, kind)
+
+    def code_embedding(self) -> Callable[[Tensor], Tensor]:
+        """The function codes (M,) -> (M, D) of the weights that are ready."""
+        if self.model.config.pathway == "shared":
+            words, embed = self.model.config.decoder.vocab_size, self.model.decoder.embed_tokens
+            return lambda codes: embed(codes + words)
+        return partial(F.embedding, weight=self.table())
 
     def table(self) -> Tensor:
         """The vector of every code as it enters the decoder, (codes, D): embedding and adapter."""
