@@ -243,6 +243,8 @@ def test_overrides():
     changed = override(run, ["data.a.weight=2", "steps=5", "data.a.options={'offset': 3}"])
     assert changed.data["a"].weight == 2.0 and changed.steps == 5
     assert changed.data["a"].options == {"offset": 3} and run.steps == 12
+    whole = dataclasses.replace(run, data={"a": dataclasses.replace(run.data["a"], weight=3)})
+    assert override(whole, ["data.a.weight=1.5"]).data["a"].weight == 1.5  # 3 is a float too
     for wrong, message in (
         ("stps=5", "unknown key"),
         ("data.b.weight=1", "unknown key"),

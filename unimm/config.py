@@ -183,6 +183,8 @@ def _replace(holder: Any, path: list[str], text: str, key: str) -> Any:
         choices = ", ".join(sorted(map(str, known))) or "nothing"
         raise ValueError(f"unknown key {key!r}: {name!r} is not one of {choices}")
     old = known[name]
+    if type(old) is int and _declared(holder).get(name) is float:  # weight=2 in a recipe
+        old = float(old)
     if not rest and isinstance(old, Begin):
         old = ""  # a folder in place of the parts
     if not rest and (callable(old) or dataclasses.is_dataclass(old)):
@@ -191,6 +193,12 @@ def _replace(holder: Any, path: list[str], text: str, key: str) -> Any:
     if isinstance(holder, dict):
         return {**holder, name: new}
     return dataclasses.replace(holder, **{name: new})
+
+
+def _declared(holder: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    fields = dataclasses.fields(holder) if dataclasses.is_dataclass(holder) else ()
+    return {f.name: f.type for f in fields}
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
