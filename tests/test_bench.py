@@ -20,7 +20,7 @@ def small(monkeypatch):
 
 def test_every_row_has_its_figures(small, tmp_path, capsys):
     out, chart = tmp_path / "bench.json", tmp_path / "bench.png"
-    words = "bench --sizes tiny --dtypes float32 --batches 2 --what draw answer --rounds 1"
+    words = "bench draw answer --sizes tiny --dtypes float32 --batches 2 --rounds 1"
     assert (
         cli.main([*words.split(), "--steps", "3", "--json", str(out), "--chart", str(chart)]) == 0
     )
@@ -57,7 +57,7 @@ def test_greedy_codes_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize(
-    "words", ["--sizes huge", "--dtypes int3", "--what sleep", "--rounds 0", "--batches 0"]
+    "words", ["--sizes huge", "--dtypes int3", "sleep", "--rounds 0", "--batches 0"]
 )
 def test_wrong_words_end_in_one_line(words, capsys):
     assert cli.main(["bench", *words.split()]) == 2

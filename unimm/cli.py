@@ -197,7 +197,7 @@ def bench(args: argparse.Namespace) -> None:
     for name, ending in ((args.json, ".json"), (args.chart, ".png")):
         if name:
             check_writable(Path(name), folder=False, endings=(ending,))
-    lists = (args.sizes, args.dtypes, args.batches, args.measures or args.what)
+    lists = (args.sizes, args.dtypes, args.batches, args.what)
     found = speed.bench(*lists, rounds=args.rounds, steps=args.steps, model=args.model)
     if args.json:
         text = json.dumps(found, indent=1) + "\n"
@@ -296,11 +296,12 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("study", metavar="STUDY.py")
     p.add_argument("-o", "--out", default="runs/study", help="the folder of runs and tables")
     p = command("bench", bench, "time drawing, answering and training against transformers")
-    p.add_argument("measures", nargs="*", metavar="WHAT", help="the same as --what")
+    p.add_argument(
+        "what", nargs="*", default=["draw"], metavar="WHAT", help="draw, picture, answer, train"
+    )
     p.add_argument("--sizes", nargs="+", default=["tiny", "mid"], help="tiny, mid")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     p.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="pictures a step")
-    p.add_argument("--what", nargs="+", default=["draw"], help="draw, picture, answer, train")
     p.add_argument("--rounds", type=int, default=3, help="turns of each")
     p.add_argument("--steps", type=int, default=16, help="steps of a turn")
     p.add_argument("--model", metavar="DIR", help="a Hugging Face Janus folder, instead of sizes")

@@ -185,6 +185,12 @@ def _talk(*messages: Message) -> dict[str, Any]:
     return {"messages": list(messages)}
 
 
+def _about(image: dict[str, Any], turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """Questions and answers about a picture, which the first question shows."""
+    messages = [message for q, a in turns for message in (user(q), assistant(a))]
+    return _talk(user(image, turns[0][0]), *messages[1:])
+
+
 def scenes_pictures(
     run: Any,
     store: str,
@@ -223,7 +229,7 @@ def scenes_pictures(
         scene, picture = pictures.scene(k), assistant(pictures.image(k))
         key = int(rng.integers(2**32))  # true and false prompt are worded in the same way
         talk = _talk(user(say(scene, np.random.default_rng(key))), picture)
-        for _ in range(4 * rivals):
+        for _ in range(4 if rivals else 0):  # a change may be one that the prompt says nothing of
             false = falsified(scene, WORLDS[world], rng, ONLY[only])
             other = say(false, np.random.default_rng(key))
             spec = parse(other)
@@ -303,11 +309,7 @@ def scenes_questions(
         k = int(chosen[rng.integers(len(chosen))])
         scene, image = pictures.scene(k), pictures.image(k, codes=False)
         turns = some_questions(scene, rng, most, types)
-        messages = []
-        for n, (question, answer) in enumerate(turns):
-            content = (image, question) if n == 0 else (question,)
-            messages += [user(*content), assistant(answer)]
-        return _talk(*messages)
+        return _about(image, turns)
 
     return Made(make, (run.seed, 3, *map(ord, only)))
 
@@ -322,12 +324,9 @@ def scenes_unknown(run: Any, store: str) -> Made:
             return _talk(user(question), assistant(answer))
         k = int(rng.integers(len(pictures)))
         turns = [unknown_question(rng), *some_questions(pictures.scene(k), rng, 3)]
-        messages = []
-        for n, t in enumerate(rng.permutation(len(turns))):
-            question, answer = turns[t]
-            content = (pictures.image(k, codes=False), question) if n == 0 else (question,)
-            messages += [user(*content), assistant(answer)]
-        return _talk(*messages)
+        return _about(
+            pictures.image(k, codes=False), [turns[t] for t in rng.permutation(len(turns))]
+        )
 
     return Made(make, (run.seed, 9))
 
@@ -367,7 +366,7 @@ def scenes_edits(run: Any, store: str, rivals: float = 0.0, world: str = "scenes
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(rng.integers(len(pictures.instructions)))
-        before, after = ({**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1))
+        before, after = {**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1)
         words = pictures.instructions[k]
         talk = _talk(user(before, words), assistant(after))
         if rng.random() < rivals:

@@ -139,8 +139,7 @@ def express(
     "a picture of " and the like. `ordered`: objects without a relation are named in the order of
     `raster`, as a picture is drawn; else in any order.
     """
-    in_order = sorted(scene.objects, key=raster)
-    looks = dict.fromkeys(map(_look, in_order))
+    looks = dict.fromkeys(map(_look, sorted(scene.objects, key=raster)))
     told = dict(zip(looks, rng.random(_MAX_LOOKS) < color, strict=False))  # draws as many always
 
     def key(o: Object) -> tuple:
