@@ -103,7 +103,7 @@ def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
         with mistakes_shown():
             talk = [user(checked_text(prompt, "prompt"))]
             how = Sampling(2, guidance, 1.0, int(within("Seed", seed, 0, MAX_SEED)))
-            (row,) = sample(model, {name_of(talk, how): talk}, how)
+            (row,) = sample(model, {name_of(talk, how): {"prompt": talk}}, how)
             if len(row["answers"]) < 2:
                 raise ValueError("both pictures came out the same: try another seed")
             left, right = (enlarged(shown(model, answer)) for answer in row["answers"])

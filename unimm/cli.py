@@ -131,28 +131,35 @@ def preferences(args: argparse.Namespace) -> None:
     candidates = Path(args.candidates or out.with_suffix(".candidates.jsonl"))
     for path in (out, candidates):
         check_writable(path, folder=False, endings=(".jsonl",))
-    if args.scenes is not None and (args.prompts is not None or args.scenes < 1):
-        raise ValueError("give either --prompts FILE or --scenes N, with N of 1 or more")
+    given = [n for n in (args.prompts, args.scenes, args.edits) if n is not None]
+    if len(given) > 1 or any(n < 1 for n in given if isinstance(n, int)):
+        raise ValueError("give one of --prompts FILE, --scenes N and --edits N, N of 1 or more")
     if args.pairs < 1:
         raise ValueError("--pairs must be 1 or more")
     model = load(args)
-    if args.prompts is None and args.scenes is None:
+    prompts: list[Any]
+    if not given:
         if not candidates.is_file():
-            raise ValueError(f"give --prompts or --scenes: there is no {candidates} to judge")
+            raise ValueError(
+                f"give --prompts, --scenes or --edits: there is no {candidates} to judge"
+            )
         rows = made.read_lines(candidates)
     else:
         world = model.sampling.get("world", "scenes")
-        default = model.sampling.get("guidance", 1.0)
+        default = model.sampling.get("edit_guidance" if args.edits else "guidance", 1.0)
         guidance = default if args.guidance is None else args.guidance
-        how = made.Sampling(args.answers, guidance, args.temperature, args.seed)
-        prompts = (
-            made.scenes_prompts(args.scenes, world, args.seed)
-            if args.prompts is None
-            else read_lines(args.prompts)
-        )
+        temperature = 1.0 if args.temperature is None else args.temperature
+        how = made.Sampling(args.answers, guidance, temperature, args.seed)
+        if args.prompts is not None:
+            prompts = read_lines(args.prompts)
+        elif args.edits is not None:
+            prompts = made.scenes_edits(model, args.edits, world, args.seed)
+        else:
+            prompts = made.scenes_prompts(args.scenes, world, args.seed)
         rows = made.sample_candidates(model, prompts, candidates, how)
     judge = made.find_judge(args.judge, rows)
-    print(json.dumps(made.choose_pairs(model, rows, judge, out, args.margin, args.pairs)))
+    chosen = made.choose_pairs(model, rows, judge, out, args.margin, args.pairs, args.hindsight)
+    print(json.dumps(chosen))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -275,8 +282,10 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--judge", required=True, help="checker, self, RATINGS.jsonl or FILE.py:NAME")
     p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     p.add_argument("--scenes", type=int, metavar="N", help="N prompts of the training split")
+    p.add_argument("--edits", type=int, metavar="N", help="N edits of scenes of the training split")
     p.add_argument("--answers", type=int, default=8, help="answers drawn for each prompt")
     p.add_argument("--pairs", type=int, default=1, metavar="N", help="pairs a prompt, at most")
+    p.add_argument("--hindsight", action="store_true", help="pairs of true and asked prompts too")
     p.add_argument("--candidates", metavar="FILE", help="where all answers are kept")
     p.add_argument("--margin", type=float, default=0.0, help="least difference of two scores")
     add_sampling(p, filters=False)
@@ -331,7 +340,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, filters: bool = True) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="1 for none")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy")
+    parser.add_argument("--temperature", type=float, help="0 for greedy")
     if filters:
         parser.add_argument("--top-k", type=int, default=0)
         parser.add_argument("--top-p", type=float, default=1.0)

@@ -65,7 +65,7 @@ class UniMM:
         best_of: int = 1,
         decoder: str = "codes",
         guidance: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -103,7 +103,7 @@ class UniMM:
         every: int = 8,
         *,
         guidance: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -142,13 +142,13 @@ class UniMM:
         instruction: str,
         *,
         guidance: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Image.Image:
         """The picture with the change made."""
-        settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_guidance")
+        settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_")
         return self._draw([edit_messages(image, instruction)], settings, seed)[0]
 
     def chat(
@@ -156,7 +156,7 @@ class UniMM:
         messages: Sequence[Message],
         *,
         guidance: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -203,14 +203,20 @@ class UniMM:
     def _settings(
         self,
         guidance: float | None,
-        temperature: float,
+        temperature: float | None,
         top_k: int,
         top_p: float,
-        kind: str = "guidance",
+        kind: str = "",
     ) -> Settings:
-        default = self.sampling.get(kind, self.sampling.get("guidance", 1.0))
-        top_k = top_k or self.sampling.get("top_k", 0)
-        return Settings(default if guidance is None else guidance, temperature, top_k, top_p)
+        if guidance is None:
+            guidance = self._default("guidance", kind)
+        if temperature is None:
+            temperature = self._default("temperature", kind)
+        return Settings(guidance, temperature, top_k or self.sampling.get("top_k", 0), top_p)
+
+    def _default(self, name: str, kind: str = "") -> float:
+        """A sampling default of the model: of its own for edits (kind "edit_") where it has one."""
+        return float(self.sampling.get(kind + name, self.sampling.get(name, 1.0)))
 
     def pictures(self, codes: Sequence[Sequence[int]]) -> list[Image.Image]:
         """The pictures of complete lists of codes."""

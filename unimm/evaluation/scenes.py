@@ -54,6 +54,7 @@ class Protocol:
     guidance: float = 1.0
     edit_guidance: float = 1.0
     temperature: float = 1.0
+    edit_temperature: float = 1.0
     blind: bool = False
     best_of: int = 1
 
@@ -95,7 +96,7 @@ def evaluate(
     seeds: int = 1,
     blind: bool = False,
     guidance: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     world: str | None = None,
     before: list[Any] | None = None,
     best_of: int = 1,
@@ -109,14 +110,16 @@ def evaluate(
     Returns {"held_out": {"generation": …, "understanding": …, "edits": …}, "seen": {…},
     "protocol": {…}, "items": [what was right, one entry a seed]}.
     """
-    default = model.sampling.get("guidance", 1.0)
+    usual = model.sampling.get
+    drawn = usual("temperature", 1.0) if temperature is None else temperature
     protocol = Protocol(
         n=n,
         seeds=seeds,
-        world=world or model.sampling.get("world", "scenes"),
-        guidance=default if guidance is None else guidance,
-        edit_guidance=model.sampling.get("edit_guidance", 1.0),
-        temperature=temperature,
+        world=world or usual("world", "scenes"),
+        guidance=usual("guidance", 1.0) if guidance is None else guidance,
+        edit_guidance=usual("edit_guidance", 1.0),
+        temperature=drawn,
+        edit_temperature=usual("edit_temperature", drawn) if temperature is None else temperature,
         blind=blind,
         best_of=best_of,
     )
@@ -256,7 +259,7 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
         rng = np.random.default_rng((seed, 55, k, _split_key(split)))
         jobs.append(sample_edit(protocol.world, rng, split))
     talks = [edit_messages(render(before, world), words) for before, words, _ in jobs]
-    settings = Settings(protocol.edit_guidance, protocol.temperature)
+    settings = Settings(protocol.edit_guidance, protocol.edit_temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
     for k, ((before, _, after), picture) in enumerate(zip(jobs, pixels, strict=True)):
         tally.add("edit", k, edit_holds(before, _seen(picture, protocol), after))

@@ -1,8 +1,10 @@
 """Alignment by DPO: answers of words, codes or both, each slot scored by its own head.
 
 A preference is {"prompt": [messages], "chosen": [messages], "rejected": [messages]}, a line of a
-JSONL file; drawn pictures are their stored codes. The step's policy and reference see unguided
-prompts, and of each conversation the answer alone is scored.
+JSONL file; drawn pictures are their stored codes. With a "rejected_prompt" the rejected answer
+follows that one: so may one picture be preferred behind the prompt that it shows to itself behind
+the prompt that it was drawn for (as condition contrastive alignment does, arXiv 2410.09347). The
+step's policy and reference see unguided prompts; of each conversation the answer alone is scored.
 """
 
 import copy
@@ -16,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from unimm.config import Run
-from unimm.data.processor import Processor, Sample
+from unimm.data.processor import Message, Processor, Sample
 from unimm.data.readers import Rows
 from unimm.model.unified import Batch, UnifiedModel
 from unimm.training.adapters import (
@@ -169,13 +172,14 @@ def setup_dpo(run: Run) -> Parts:
 
 def encode_pair(processor: Processor, row: Row) -> Pair:
     """A preference as two samples in which only the answer is scored."""
-    start = len(processor.encode(row["prompt"]))
-    chosen, rejected = (
-        processor.encode([*row["prompt"], *row[name]]) for name in ("chosen", "rejected")
-    )
-    for sample in (chosen, rejected):
-        sample.score[:start] = 0
-    return Pair(chosen, rejected)
+
+    def encode(prompt: list[Message], answer: list[Message]) -> Sample:
+        sample = processor.encode([*prompt, *answer])
+        sample.score[: len(processor.encode(prompt))] = 0
+        return sample
+
+    other = row["rejected_prompt"] if "rejected_prompt" in row else row["prompt"]
+    return Pair(encode(row["prompt"], row["chosen"]), encode(other, row["rejected"]))
 
 
 def collate_pairs(processor: Processor, pairs: list[Pair]) -> PairBatch:
@@ -189,7 +193,10 @@ def collate_pairs(processor: Processor, pairs: list[Pair]) -> PairBatch:
 def cached_reference(
     model: UnifiedModel, processor: Processor, run: Run
 ) -> dict[str, tuple[float, float]]:
-    """Log-probabilities of every pair of the run under `model`, by `row_key`."""
+    """Log-probabilities of every pair of the run under `model`, by `row_key`.
+
+    The processes of a run share the work.
+    """
     path = Path(run.out) / "reference.json"
     if path.exists():
         return {key: (a, b) for key, (a, b) in json.loads(path.read_text()).items()}
@@ -198,12 +205,17 @@ def cached_reference(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     known: dict[str, tuple[float, float]] = {}
-    for k in range(0, len(rows), run.batch_size):
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for k in range(rank * run.batch_size, len(rows), ranks * run.batch_size):
         part = rows[k : k + run.batch_size]
         batch = collate_pairs(processor, [encode_pair(processor, row) for row in part])
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, run.precision == "bf16"):
             found = model(batch.rows.to(device)).log_probs.view(2, -1).T.tolist()
         known |= {row_key(row): (a, b) for row, (a, b) in zip(part, found, strict=True)}
+    if ranks > 1:
+        everyone: list[Any] = [None] * ranks
+        dist.all_gather_object(everyone, known)
+        known = {key: value for one in everyone for key, value in one.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # of this rank
     scratch.write_text(json.dumps(known))
@@ -246,18 +258,22 @@ def what_is_wrong(row: Any) -> str:
     names = ("prompt", "chosen", "rejected")
     if not isinstance(row, dict) or not all(isinstance(row.get(n), list) for n in names):
         return 'a preference is {"prompt": [messages], "chosen": [messages], "rejected": [...]}'
-    if not all(row[n] and all(isinstance(m, dict) for m in row[n]) for n in names):
+    prompt = row["prompt"]
+    other = row["rejected_prompt"] if "rejected_prompt" in row else prompt
+    lists = (prompt, other, row["chosen"], row["rejected"])
+    if not all(isinstance(x, list) and x and all(isinstance(m, dict) for m in x) for x in lists):
         return "prompt, chosen and rejected each hold at least one message"
-    if row["prompt"][-1].get("role") != "user":
+    if any(talk[-1].get("role") != "user" for talk in (prompt, other)):
         return "the prompt ends with a user message"
     if any(m.get("role") != "assistant" for n in names[1:] for m in row[n]):
         return "chosen and rejected are assistant messages"
-    if row["chosen"] == row["rejected"]:
+    if row["chosen"] == row["rejected"] and prompt == other:
         return "chosen and rejected are equal, so nothing is preferred"
     return ""
 
 
 def row_key(row: Row) -> str:
     """A name for a preference, from what is in it."""
-    kept = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    names = ("prompt", "chosen", "rejected", "rejected_prompt")
+    kept = {name: row[name] for name in names if name in row}
     return hashlib.sha1(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:20]

@@ -16,7 +16,26 @@ import numpy as np
 from tqdm import tqdm
 
 from unimm.data.processor import Message, user
-from unimm.data.scenes import TASKS, WORLDS, check, parse, prompt, sample_scene, task_prompt
+from unimm.data.scenes import (
+    TASKS,
+    WORLDS,
+    Scene,
+    Spec,
+    edit_holds,
+    from_array,
+    is_held_out,
+    look,
+    nearest,
+    parse,
+    plain,
+    prompt,
+    render,
+    sample_scene,
+    satisfies,
+    task_prompt,
+    to_array,
+)
+from unimm.data.sources import BOTH, sample_edit
 from unimm.inference.engine import Request
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
@@ -59,18 +78,35 @@ def scenes_prompts(count: int, world: str, seed: int = 0) -> list[str]:
     return list(found)
 
 
+def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Row]:
+    """`count` instructions to edit scenes of the train split: {"prompt", "scenes"}.
+
+    The prompt shows the picture as its codes; "scenes" are those before and after, as `to_array`
+    has them, for the judge.
+    """
+    rows = []
+    for k in range(count):
+        before, words, after = sample_edit(world, np.random.default_rng((seed, 32, k)))
+        codes = model.processor.codes(render(before, world)).tolist()
+        talk = [user({"codes": codes, "view": BOTH}, words)]
+        rows.append({"prompt": talk, "scenes": [to_array(s).tolist() for s in (before, after)]})
+    return rows
+
+
 def sample_candidates(
-    model: UniMM, prompts: Iterable[str | list[Message]], path: Path, how: Sampling
+    model: UniMM, prompts: Iterable[str | list[Message] | Row], path: Path, how: Sampling
 ) -> list[Row]:
     """Answers to every prompt, a line of `path` each; what is there already is not drawn again.
 
-    A prompt is a text, or messages that end with the user's. Prompts and answers that come twice
-    are kept once. Returns the rows {"id", "prompt", "answers": [[message], …]} in order.
+    A prompt is a text, messages that end with the user's, or a row with them as its "prompt" (what
+    else is in it is kept). Prompts and answers that come twice are kept once. Returns the rows
+    {"id", "prompt", "answers": [[message], …]} in order.
     """
-    wanted: dict[str, list[Message]] = {}
-    for words in prompts:
-        talk = [user(checked_text(words, "prompt"))] if isinstance(words, str) else words
-        wanted.setdefault(name_of(talk, how), talk)
+    wanted: dict[str, Row] = {}
+    for given in prompts:
+        talk = [user(checked_text(given, "prompt"))] if isinstance(given, str) else given
+        row = talk if isinstance(talk, dict) else {"prompt": talk}
+        wanted.setdefault(name_of(row["prompt"], how), row)
     if not wanted:
         raise ValueError("there is no prompt to sample answers for")
     begun = path.exists() and path.stat().st_size > 0
@@ -87,16 +123,16 @@ def sample_candidates(
     return [there[name] for name in wanted]
 
 
-def sample(model: UniMM, talks: dict[str, list[Message]], how: Sampling) -> Iterator[Row]:
-    """Answers to prompts by their names: {"id", "prompt", "answers"}, equal answers once."""
+def sample(model: UniMM, rows: dict[str, Row], how: Sampling) -> Iterator[Row]:
+    """Answers to prompts by their names: {"id", "prompt", "answers", …}, equal answers once."""
     settings = Settings(how.guidance, how.temperature, text_temperature=how.temperature)
     requests = [
-        Request(model.processor.encode(talk, how.answer), how.answer, seed_of(name, how) + k)
-        for name, talk in talks.items()
+        Request(model.processor.encode(r["prompt"], how.answer), how.answer, seed_of(name, how) + k)
+        for name, r in rows.items()
         for k in range(how.answers)
     ]
     answers = iter(model.engine.run(requests, settings))
-    for name, talk in talks.items():
+    for name, row in rows.items():
         found = []
         for _ in range(how.answers):
             parts = [
@@ -108,7 +144,7 @@ def sample(model: UniMM, talks: dict[str, list[Message]], how: Sampling) -> Iter
             message = {"role": "assistant", "content": parts}
             if parts and [message] not in found:
                 found.append([message])
-        yield {"id": name, "prompt": talk, "answers": found}
+        yield {"id": name, **row, "answers": found}
 
 
 def name_of(talk: list[Message], how: Sampling) -> str:
@@ -125,16 +161,62 @@ def seed_of(name: str, how: Sampling) -> int:
 
 
 def checker_judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
-    """1 for a picture that shows exactly what a Scenes prompt says, else 0, from its pixels."""
-    world = model.sampling.get("world", "scenes")
+    """1 for a picture that shows exactly what a Scenes prompt says, or that an edit of a scene was
+    to make, else 0, from its pixels."""
     scores = []
     for row in rows:
-        words = words_of(row["prompt"])
-        if parse(words) is None:
-            raise ValueError(f"the checker judges prompts of Scenes, and this is none: {words!r}")
-        pictures = model.pictures([codes_of(answer) for answer in row["answers"]])
-        scores.append([float(check(np.asarray(p), words, world)) for p in pictures])
+        if "scenes" in row:
+            before, after = (from_array(np.asarray(array, np.float32)) for array in row["scenes"])
+            scores.append([float(edit_holds(before, s, after)) for s in seen(model, row)])
+        else:
+            spec = meaning(row)
+            scores.append([float(satisfies(scene, spec)) for scene in seen(model, row)])
     return scores
+
+
+def meaning(row: Row) -> Spec:
+    """What the prompt of a row says; ValueError if it is none of Scenes."""
+    spec = parse(words := words_of(row["prompt"]))
+    if spec is None:
+        raise ValueError(f"the checker judges prompts of Scenes, and this is none: {words!r}")
+    return spec
+
+
+def seen(model: UniMM, row: Row) -> list[Scene]:
+    """What the checker sees in each answer of a row."""
+    pictures = model.pictures([codes_of(answer) for answer in row["answers"]])
+    scenes = look(
+        np.stack([np.asarray(p) for p in pictures]), model.sampling.get("world", "scenes")
+    )
+    assert isinstance(scenes, list)
+    return scenes
+
+
+def hindsight_pairs(model: UniMM, rows: list[Row], each: int = 1) -> Iterator[Row]:
+    """Of the pictures of Scenes prompts: what was drawn for one prompt and shows another.
+
+    A wrong picture is preferred behind the plain prompt that is true of it (`nearest`) to itself
+    behind that which was asked; up to `each` right ones of the same prompt the other way round.
+    Nothing that is held out is learned: such pictures are left out.
+    """
+    for row in rows:
+        if "scenes" in row:
+            continue
+        asked, others, right = meaning(row), [], []
+        for scene, answer in zip(seen(model, row), row["answers"], strict=True):
+            if (shown := nearest(asked, scene)) == asked:
+                right.append(answer)
+            elif shown is not None and not is_held_out(scene):
+                others.append(shown)
+                yield relabelled(row, answer, shown, asked)
+        for k, answer in enumerate(right[:each] if others else ()):
+            yield relabelled(row, answer, asked, others[k % len(others)])
+
+
+def relabelled(row: Row, answer: list[Message], true: Spec, false: Spec) -> Row:
+    """The answer behind a true prompt, preferred to itself behind a false one."""
+    prompts = {"prompt": [user(plain(true))], "rejected_prompt": [user(plain(false))]}
+    return {**prompts, "chosen": answer, "rejected": answer, "id": row["id"]}
 
 
 def self_judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
@@ -207,12 +289,14 @@ def choose_pairs(
     path: Path,
     margin: float = 0.0,
     each: int = 1,
+    hindsight: bool = False,
 ) -> dict[str, Any]:
     """Write the best against the worst answer of every prompt; returns counts and mean scores.
 
     `each`: so many pairs of a prompt at most, the second best against the second worst and so on.
-    Answers whose scores differ by `margin` or less give no preference. Of equal scores the earlier
-    answer counts as the better one, and as the worse one.
+    `hindsight`: the pairs of `hindsight_pairs` too. Answers whose scores differ by `margin` or less
+    give no preference. Of equal scores the earlier answer counts as the better one, and as the
+    worse one.
     """
     pairs, scores = [], []
     for k in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc="judging", disable=None):
@@ -228,6 +312,8 @@ def choose_pairs(
                     a, b = row["answers"][best], row["answers"][worst]
                     kept = {"id": row["id"], "scores": [found[best], found[worst]]}
                     pairs.append({"prompt": row["prompt"], "chosen": a, "rejected": b, **kept})
+    if hindsight:
+        pairs += hindsight_pairs(model, tqdm(rows, desc="in hindsight", disable=None), each)
     if not pairs:
         raise ValueError("the judge prefers no answer to another, so there are no preferences")
     write_lines(path, pairs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .drawing import render
 from .edits import EDITS, edit_holds, edits
+from .hindsight import nearest, plain
 from .language import describe, express, prompt, task_prompt
 from .meaning import Spec, complete, parse, satisfies
 from .questions import (
@@ -74,9 +75,11 @@ __all__ = [
     "is_held_out",
     "look",
     "main_relation",
+    "nearest",
     "normalize_answer",
     "open_questions",
     "parse",
+    "plain",
     "prompt",
     "questions",
     "refer",

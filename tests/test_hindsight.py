@@ -1,0 +1,287 @@
+"""What a wrong picture shows, and what is learned from it: prompts that are true of it, pairs of
+the asked prompt and the true one, edits, preferences whose rejected answer has its own prompt."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from unimm.cli import main
+from unimm.data.processor import user
+from unimm.data.scenes import (
+    TASKS,
+    WORLDS,
+    Spec,
+    from_array,
+    is_held_out,
+    nearest,
+    parse,
+    plain,
+    prompt,
+    render,
+    sample_scene,
+    satisfies,
+    task_prompt,
+)
+from unimm.pipeline import UniMM
+from unimm.training import preferences as made
+from unimm.training.dpo import (
+    cached_reference,
+    collate_pairs,
+    encode_pair,
+    read_preferences,
+    row_key,
+)
+from unimm.training.dpo import preferences as source
+
+WORLD, MINI = WORLDS["scenes"], WORLDS["scenes-mini"]
+
+
+def scene_of(words, world=WORLD, tries=20_000):
+    spec = parse(words)
+    count = sum(group[0] for group in spec.groups)
+    for k in range(tries):
+        scene = sample_scene(world, np.random.default_rng((9, k)), count=count)
+        if satisfies(scene, spec):
+            return scene
+    raise AssertionError(words)
+
+
+def drawn(seed):
+    codes = np.random.default_rng(seed).integers(0, 32, 16).tolist()
+    return {"role": "assistant", "content": [{"type": "image", "codes": codes}]}
+
+
+# ---------------------------------------------------------------------------- in words
+
+
+@pytest.mark.parametrize(
+    "asked, shown, wanted",
+    [
+        ("a red star", "a blue star", "a blue star"),
+        ("a star", "a blue star", "a star"),
+        ("a star and a circle", "two red stars", "two stars"),
+        ("two red stars", "three red stars", "three red stars"),
+        ("two stars", "a red star", "a star"),
+        ("a small star", "a large ring", "a large ring"),
+        ("a red star and a circle", "a red circle and a blue star", "a blue star and a circle"),
+        ("a star left of a circle", "a star right of a circle", "a star right of a circle"),
+        ("a star on gray", "a red ring on a white background", "a ring on a white background"),
+        ("a star left of a circle", "two red stars", None),
+        ("a star", "a star and a ring", None),
+        ("a star and a ring", "a star", None),
+        ("two stars", "a star and a ring", None),
+    ],
+)  # fmt: skip
+def test_the_nearest_prompt_that_is_true(asked, shown, wanted):
+    found = nearest(parse(asked), scene_of(shown))
+    assert (found and plain(found)) == wanted
+
+
+def test_nearest_is_true_says_as_much_and_is_understood():
+    changed = 0
+    for k in range(400):
+        rng = np.random.default_rng(k)
+        task = TASKS[k % 6]
+        scene, other = (sample_scene(WORLD, rng, task=task) for _ in range(2))
+        spec = parse(prompt(scene, rng) if k % 2 else task_prompt(scene, task, rng))
+        assert nearest(spec, scene) == spec
+        assert parse(plain(spec)) == spec
+        found = nearest(spec, other)
+        if found is None:
+            continue
+        changed += found != spec
+        assert satisfies(other, found) and parse(plain(found)) == found
+        assert len(found.relations) == len(spec.relations)
+        assert (found.background is None) == (spec.background is None)
+        if len(found.groups) == len(spec.groups):
+            for new, old in zip(found.groups, spec.groups, strict=True):
+                assert [value is None for value in new] == [value is None for value in old]
+    assert changed > 200
+
+
+def test_what_cannot_be_said():
+    scene = scene_of("a red star")
+    unknown = replace(scene, objects=(replace(scene.objects[0], shape="unknown"),))
+    assert nearest(parse("a red star"), replace(unknown, objects=unknown.objects * 7)) is None
+    three = Spec(((1, None, None, "star"),) * 3, ((0, "above", 1),))
+    with pytest.raises(ValueError, match="no plain words"):
+        plain(three)
+
+
+# ---------------------------------------------------------------------------- pairs
+
+
+@pytest.fixture
+def tiny_unimm(tmp_path):
+    model = UniMM(*tiny_model(), {"world": "scenes-mini", "guidance": 1.5})
+    model.save_pretrained(tmp_path / "tiny")
+    return model
+
+
+def texts(row):
+    return [made.words_of(row[name]) for name in ("prompt", "rejected_prompt")]
+
+
+def test_wrong_pictures_are_pairs_of_their_prompts(tiny_unimm, monkeypatch, tmp_path):
+    shown = ["a red circle", "a red square", "a blue circle", "a red circle"]
+    shown.append("a red circle and a green square")
+    pictures = [render(scene_of(words, MINI), MINI) for words in shown]
+    monkeypatch.setattr(tiny_unimm, "pictures", lambda codes: pictures)
+    answers = [[drawn(k)] for k in range(5)]
+    row = {"id": "a", "prompt": [user("paint a red circle")], "answers": answers}
+    pairs = list(made.hindsight_pairs(tiny_unimm, [row], each=1))
+    assert [texts(pair) for pair in pairs] == [
+        ["a red square", "a red circle"],
+        ["a blue circle", "a red circle"],
+        ["a red circle", "a red square"],
+    ]
+    assert [pair["chosen"] == pair["rejected"] for pair in pairs] == [True] * 3
+    assert [pair["chosen"] for pair in pairs] == [row["answers"][k] for k in (1, 2, 0)]
+    path = tmp_path / "p.jsonl"
+    report = made.choose_pairs(tiny_unimm, [row], made.checker_judge, path, 0.0, 1, hindsight=True)
+    assert report["pairs"] == len(read_preferences(path)) == 4
+
+
+def test_nothing_that_is_held_out_is_learned(tiny_unimm, monkeypatch):
+    for k in range(999):
+        held = sample_scene(MINI, np.random.default_rng(k), split="pairs", count=1)
+        o = held.objects[0]
+        color = next(c for c in MINI.colors if c != o.color)
+        if is_held_out(replace(held, objects=(replace(o, color=color),))) is None:
+            break
+    row = {"id": "a", "prompt": [user(f"a {color} {o.shape}")], "answers": [[drawn(1)]]}
+    monkeypatch.setattr(tiny_unimm, "pictures", lambda codes: [render(held, MINI)])
+    assert list(made.hindsight_pairs(tiny_unimm, [row])) == []
+
+
+def test_edits_are_judged_by_the_scene_that_they_make(tiny_unimm, monkeypatch, tmp_path):
+    rows = made.scenes_edits(tiny_unimm, 4, "scenes-mini", seed=3)
+    how = made.Sampling(3, guidance=1.0)
+    found = made.sample_candidates(tiny_unimm, rows, tmp_path / "c.jsonl", how)
+    assert [row["scenes"] for row in found] == [row["scenes"] for row in rows]
+    assert found == made.sample_candidates(tiny_unimm, rows, tmp_path / "c.jsonl", how)
+    before, after = (from_array(np.asarray(a, np.float32)) for a in rows[0]["scenes"])
+    for scene in (before, after):
+        assert is_held_out(scene) is None
+    picture = tiny_unimm.processor.codes(render(before, MINI)).tolist()
+    (part, words) = rows[0]["prompt"][0]["content"]
+    assert part["codes"] == picture and words["text"]
+    pictures = [render(scene, MINI) for scene in (before, after, after)]
+    monkeypatch.setattr(tiny_unimm, "pictures", lambda codes: pictures[: len(codes)])
+    assert (
+        made.checker_judge(tiny_unimm, found[:1]) == [[0.0, 1.0, 1.0]][: len(found[0]["answers"])]
+    )
+    assert list(made.hindsight_pairs(tiny_unimm, found)) == []
+
+
+def test_the_commands(tiny_unimm, tmp_path, capsys):
+    common = ["preferences", str(tmp_path / "p.jsonl"), "--model", str(tmp_path / "tiny")]
+    for words in (["--edits", "0"], ["--edits", "2", "--scenes", "2"]):
+        assert main([*common, "--judge", "checker", *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    judge = tmp_path / "judge.py"
+    judge.write_text("def dark(words, picture):\n    return -sum(picture.tobytes())\n")
+    assert main([*common, "--judge", f"{judge}:dark", "--edits", "2", "--answers", "3"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == 2
+    assert len(read_preferences(tmp_path / "p.jsonl")) == 2
+
+
+# ---------------------------------------------------------------------------- their loss
+
+
+def test_a_rejected_answer_may_have_its_own_prompt():
+    model, processor = tiny_model()
+    model.eval()
+    answer = [drawn(1)]
+    row = {"prompt": [user("a red circle")], "chosen": answer, "rejected": answer}
+    other = {**row, "rejected_prompt": [user("two blue squares")]}
+
+    def log_probs(row):
+        with torch.no_grad():
+            return model(collate_pairs(processor, [encode_pair(processor, row)]).rows).log_probs
+
+    alone = {**row, "prompt": other["rejected_prompt"]}
+    found = log_probs(other)
+    assert found[0] == pytest.approx(float(log_probs(row)[0]), abs=1e-4)
+    assert found[1] == pytest.approx(float(log_probs(alone)[1]), abs=1e-4)
+    assert abs(found[0] - found[1]) > 1e-2
+    assert row_key(other) != row_key(row)
+    pair = encode_pair(processor, other)
+    assert (pair.chosen.score > 0).sum() == (pair.rejected.score > 0).sum()
+
+
+def test_equal_answers_need_different_prompts(tmp_path):
+    row = {"prompt": [user("a")], "chosen": [drawn(1)], "rejected": [drawn(1)]}
+    path = tmp_path / "p.jsonl"
+    for wrong, message in (
+        ({**row, "rejected_prompt": [user("a")]}, "are equal"),
+        ({**row, "rejected_prompt": []}, "at least one"),
+        ({**row, "rejected_prompt": "b"}, "at least one"),
+        ({**row, "rejected_prompt": [drawn(2)]}, "ends with a user"),
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            read_preferences(path)
+    path.write_text(json.dumps({**row, "rejected_prompt": [user("b")]}))
+    assert len(read_preferences(path)) == 1
+
+
+def test_processes_share_the_work_of_the_reference(tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    from unimm.config import Source, load_recipe
+
+    path = tmp_path / "p.jsonl"
+    rows = [
+        {"prompt": [user("a dot")], "chosen": [drawn(k)], "rejected": [drawn(k + 50)]}
+        for k in range(7)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, processor = tiny_model()
+    data = {"p": Source(source, options={"path": str(path)})}
+    base = replace(load_recipe("train/dpo.py").config, data=data, batch_size=2, precision="float32")
+    alone = cached_reference(model, processor, replace(base, out=str(tmp_path / "alone")))
+    assert len(alone) == 7
+    parts = {}
+
+    def work(rank):
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+        def gather(everyone, mine):
+            parts[rank] = mine
+            everyone[:] = [parts.get(0, {}), parts.get(1, {})]
+
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        return cached_reference(model, processor, replace(base, out=str(tmp_path / f"r{rank}")))
+
+    work(1)
+    together = work(0)
+    assert len(parts[0]) + len(parts[1]) == 7 and min(map(len, parts.values())) > 1
+    assert together.keys() == alone.keys()
+    for key, value in alone.items():
+        assert together[key] == pytest.approx(value, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------- sampling defaults
+
+
+def test_edits_have_their_own_temperature(tiny_unimm):
+    tiny_unimm.sampling = {"temperature": 0.9, "edit_temperature": 0.0, "edit_guidance": 1.0}
+    settings = tiny_unimm._settings(None, None, 0, 1.0)
+    assert (settings.guidance, settings.temperature) == (1.0, 0.9)
+    settings = tiny_unimm._settings(None, None, 0, 1.0, kind="edit_")
+    assert (settings.guidance, settings.temperature) == (1.0, 0.0)
+    assert tiny_unimm._settings(3.0, 0.5, 0, 1.0, kind="edit_").temperature == 0.5
+    tiny_unimm.sampling = {"guidance": 2.0}
+    settings = tiny_unimm._settings(None, None, 0, 1.0, kind="edit_")
+    assert (settings.guidance, settings.temperature) == (2.0, 1.0)
+    picture = render(scene_of("a red circle", MINI), MINI)
+    tiny_unimm.sampling = {"edit_temperature": 0.0}
+    a, b = (np.asarray(tiny_unimm.edit(picture, "make it blue", seed=s)) for s in (1, 2))
+    assert (a == b).all()
