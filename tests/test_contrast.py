@@ -139,6 +139,28 @@ def test_false_prompts_are_false_and_of_the_train_split():
     assert {(0, True, True), (0, False, True), (0, True, False)} <= kinds
 
 
+def test_what_two_have_in_common_is_said_of_one_alone():
+    world, changes = WORLDS["scenes"], set()
+    for k in range(600):
+        rng = np.random.default_rng(k)
+        scene = sample_scene(world, rng, count=2)
+        shared = {n for n in ("shape", "color") if len({getattr(o, n) for o in scene.objects}) == 1}
+        changed = falsified(scene, world, rng, ("unlike",))
+        if not shared:
+            assert changed == scene
+            continue
+        (name,) = {
+            n
+            for n in ("shape", "color", "size")
+            for old, new in zip(scene.objects, changed.objects, strict=True)
+            if getattr(old, n) != getattr(new, n)
+        }
+        assert name == ("shape" if "shape" in shared else "color")
+        assert sum(a != b for a, b in zip(scene.objects, changed.objects, strict=True)) == 1
+        changes.add(name)
+    assert changes == {"shape", "color"}
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini")
@@ -153,7 +175,7 @@ def scene_of(store, image):
     return store.scene(k)
 
 
-@pytest.mark.parametrize("only", ["", "single", "pairs", "related", "equal"])
+@pytest.mark.parametrize("only", ["", "single", "pairs", "related", "alike", "equal"])
 def test_the_source_gives_true_prompts_in_the_order_of_drawing_and_rivals(store, only):
     run, pictures = dataclasses.replace(RUN, seed=3), PictureStore(store / "pictures")
     source = scenes_pictures(run, store / "pictures", only, rivals=True, world="scenes-mini")
@@ -169,7 +191,9 @@ def test_the_source_gives_true_prompts_in_the_order_of_drawing_and_rivals(store,
             assert len(looks) == 1 and (len(scene.objects) > 1) == (only == "equal")
         elif only:
             assert len(scene.objects) == len(looks) == 2
-            assert only == "pairs" or main_relation(*scene.objects)
+            assert only != "related" or main_relation(*scene.objects)
+            shared = [len({getattr(o, name) for o in scene.objects}) for name in ("shape", "color")]
+            assert only != "alike" or 1 in shared
         if only in ("pairs", "related") and not said.relations and len(said.groups) == 2:
             first = min(scene.objects, key=raster)
             assert said.groups[0][3] == first.shape
@@ -219,7 +243,7 @@ def test_false_instructions_do_not_make_the_edit(store):
 
 
 def test_a_word_that_is_no_kind_of_picture_is_refused(store):
-    with pytest.raises(ValueError, match="no pictures 'odd'.*single, pairs, related, equal"):
+    with pytest.raises(ValueError, match="no pictures 'odd'.*single, pairs, related, alike, equal"):
         scenes_pictures(RUN, store / "pictures", "odd")
 
 

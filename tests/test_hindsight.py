@@ -165,16 +165,19 @@ def test_edits_are_judged_by_the_scene_that_they_make(tiny_unimm, monkeypatch, t
     assert [row["scenes"] for row in found] == [row["scenes"] for row in rows]
     assert found == made.sample_candidates(tiny_unimm, rows, tmp_path / "c.jsonl", how)
     before, after = (from_array(np.asarray(a, np.float32)) for a in rows[0]["scenes"])
+    gold = tiny_unimm.processor.codes(render(after, MINI)).tolist()
+    assert [made.codes_of(row["answers"][0]) for row in (rows[0], found[0])] == [gold, gold]
+    assert 1 < len(found[0]["answers"]) <= 4
     for scene in (before, after):
         assert is_held_out(scene) is None
     picture = tiny_unimm.processor.codes(render(before, MINI)).tolist()
     (part, words) = rows[0]["prompt"][0]["content"]
     assert part["codes"] == picture and words["text"]
-    pictures = [render(scene, MINI) for scene in (before, after, after)]
+    pictures = [render(scene, MINI) for scene in (before, after, after, after)]
     monkeypatch.setattr(tiny_unimm, "pictures", lambda codes: pictures[: len(codes)])
-    assert (
-        made.checker_judge(tiny_unimm, found[:1]) == [[0.0, 1.0, 1.0]][: len(found[0]["answers"])]
-    )
+    assert made.checker_judge(tiny_unimm, found[:1]) == [
+        [0.0, 1.0, 1.0, 1.0][: len(found[0]["answers"])]
+    ]
     assert list(made.hindsight_pairs(tiny_unimm, found)) == []
 
 

@@ -3,8 +3,9 @@
 unimm train train/longer.py init=unimm/assets/scenes out=runs/longer steps=2000
 
 The stores of pictures are made by train/scenes.py. Compared with stage 3 there is no text alone,
-and drawings and edits also tell their prompt from a false one; drawings of two objects, and of
-equal ones, come more often than their share. What this brought, step by step: train/README.md.
+and drawings and edits also tell their prompt from a false one; drawings of two objects, of two that
+share a shape or a colour, and of equal ones come more often than their share. What this brought,
+step by step: train/README.md.
 """
 
 import dataclasses
@@ -46,6 +47,9 @@ config = dataclasses.replace(
         ),
         "pairs": Source(
             scenes_pictures, weight=2.5, options={**STORE, "only": "pairs", "rivals": True}
+        ),
+        "alike": Source(
+            scenes_pictures, weight=1.5, options={**STORE, "only": "alike", "rivals": True}
         ),
         "equal": Source(
             scenes_pictures, weight=1, options={**STORE, "only": "equal", "rivals": True}

@@ -48,12 +48,13 @@ ASK_CAPTION = (
 VALIDATION = 10**9  # sources give pictures that training never sees from this index on
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
 EXCHANGES = ("places", "colors", "colors")  # ways to say something false of a scene, as often
-FALSE = (*EXCHANGES, "places", "same", "shape", "color", "size", "number")
+FALSE = (*EXCHANGES, "places", "same", "unlike", "shape", "color", "size", "number")
 ONLY = {  # some of the pictures, and what is said falsely of them
     "": FALSE,
     "single": ("size", "size", "shape", "color"),
     "pairs": (*EXCHANGES, "same"),
     "related": EXCHANGES,
+    "alike": ("unlike",),
     "equal": ("number",),
 }
 
@@ -144,8 +145,8 @@ class PictureStore:
         """Indices of all pictures, or of some, int64 (n,).
 
         "single": one object; "pairs": two objects of different looks; "related": these, where
-        they are in a plain relation; "equal": two or more objects of one look. Raises ValueError
-        for other words.
+        they are in a plain relation; "alike": these, where shape or colour is the same; "equal":
+        two or more objects of one look. Raises ValueError for other words.
         """
         if only not in ONLY:
             raise ValueError(f"no pictures {only!r}: choose one of {', '.join(filter(None, ONLY))}")
@@ -159,7 +160,11 @@ class PictureStore:
                 fits = looks == 1 and (len(objects) > 1) == (only == "equal")
             else:
                 fits = looks == len(objects) == 2
-                fits = fits and (only == "pairs" or main_relation(*objects) is not None)
+                if only == "related":
+                    fits = fits and main_relation(*objects) is not None
+                if only == "alike":
+                    shapes, colors = ({o.shape for o in objects}, {o.color for o in objects})
+                    fits = fits and 1 in (len(shapes), len(colors))
             if fits:
                 found.append(k)
         return np.asarray(found, dtype=np.int64)
@@ -263,6 +268,11 @@ def falsified(
             objects[a] = replace(objects[a], color=colors[1])
         elif kind == "same":
             objects[a] = replace(objects[a], shape=objects[b].shape)
+        elif kind == "unlike":  # what two have in common is said of one alone
+            if a != b and objects[a].shape == objects[b].shape:
+                objects[a] = replace(objects[a], shape=pick(world.shapes, rng))
+            elif a != b and objects[a].color == objects[b].color:
+                objects[a] = replace(objects[a], color=pick(tuple(world.colors), rng))
         elif kind == "size":
             objects[a] = replace(
                 objects[a], size="large" if objects[a].size == "small" else "small"

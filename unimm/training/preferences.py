@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from unimm.data.processor import Message, user
+from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     TASKS,
     WORLDS,
@@ -79,17 +79,19 @@ def scenes_prompts(count: int, world: str, seed: int = 0) -> list[str]:
 
 
 def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Row]:
-    """`count` instructions to edit scenes of the train split: {"prompt", "scenes"}.
+    """`count` instructions to edit scenes of the train split: {"prompt", "answers", "scenes"}.
 
-    The prompt shows the picture as its codes; "scenes" are those before and after, as `to_array`
-    has them, for the judge.
+    The prompt shows the picture as its codes, and the rendered answer is the first of those to come
+    (what is drawn differs from it by little but mistakes). "scenes" are those before and after, as
+    `to_array` has them, for the judge.
     """
     rows = []
     for k in range(count):
         before, words, after = sample_edit(world, np.random.default_rng((seed, 32, k)))
-        codes = model.processor.codes(render(before, world)).tolist()
-        talk = [user({"codes": codes, "view": BOTH}, words)]
-        rows.append({"prompt": talk, "scenes": [to_array(s).tolist() for s in (before, after)]})
+        old, new = (model.processor.codes(render(s, world)).tolist() for s in (before, after))
+        row: Row = {"prompt": [user({"codes": old, "view": BOTH}, words)]}
+        row["answers"] = [[assistant({"codes": new})]]
+        rows.append({**row, "scenes": [to_array(s).tolist() for s in (before, after)]})
     return rows
 
 
@@ -99,8 +101,8 @@ def sample_candidates(
     """Answers to every prompt, a line of `path` each; what is there already is not drawn again.
 
     A prompt is a text, messages that end with the user's, or a row with them as its "prompt" (what
-    else is in it is kept). Prompts and answers that come twice are kept once. Returns the rows
-    {"id", "prompt", "answers": [[message], …]} in order.
+    else is in it is kept, and answers that it has come first). Prompts and answers that come twice
+    are kept once. Returns the rows {"id", "prompt", "answers": [[message], …]} in order.
     """
     wanted: dict[str, Row] = {}
     for given in prompts:
@@ -133,7 +135,7 @@ def sample(model: UniMM, rows: dict[str, Row], how: Sampling) -> Iterator[Row]:
     ]
     answers = iter(model.engine.run(requests, settings))
     for name, row in rows.items():
-        found = []
+        found = list(row.get("answers", ()))
         for _ in range(how.answers):
             parts = [
                 {"type": "image", "codes": [int(code) for code in ids]}
