@@ -1,10 +1,11 @@
 """DPO: the model learns to prefer, of its own pictures and words, the better ones.
 
-unimm preferences pairs.jsonl --judge checker --scenes 2000
+unimm preferences pairs.jsonl --judge checker --scenes 3000 --pairs 2 --hindsight
 unimm train train/dpo.py init=runs/scenes/model data.pairs.options.path=pairs.jsonl out=runs/dpo
 
 Everything but the encoder of seen pictures learns, with a next-token term on the chosen answers
-(as Emu3 does). Cost and what it brought: see train/README.md.
+(as Emu3 does). `steps` is one pass over the 11,000 pairs that come of it; a second pass learns them
+by heart. Cost and what it brought: see train/README.md.
 """
 
 from unimm.config import Run, Source
@@ -18,14 +19,14 @@ config = Run(
     count=pair_count,
     train=((r"vision\..*", None), (r".*", 1e-4)),
     data={"pairs": Source(preferences, options={"path": "pairs.jsonl"})},
-    steps=200,
+    steps=170,
     batch_size=64,
     accumulate=2,
     warmup=20,
     schedule="linear",
     log_every=10,
     options={
-        "beta": 0.1,
+        "beta": 0.2,
         "label_smoothing": 0.0,
         "next_token": 0.1,
         "per_slot": False,

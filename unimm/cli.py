@@ -136,6 +136,8 @@ def preferences(args: argparse.Namespace) -> None:
         raise ValueError("give one of --prompts FILE, --scenes N and --edits N, N of 1 or more")
     if args.pairs < 1:
         raise ValueError("--pairs must be 1 or more")
+    if args.hindsight and args.judge != "checker":
+        raise ValueError("--hindsight is what the checker sees in wrong pictures: --judge checker")
     model = load(args)
     prompts: list[Any]
     if not given:
