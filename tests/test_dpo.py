@@ -227,6 +227,7 @@ def run(tmp_path, pairs_file):
         config, init=str(tmp_path / "model"), out=str(tmp_path / "out"), data={"pairs": source},
         steps=4, batch_size=4, accumulate=2, warmup=0, precision="float32", log_every=1,
         preview_every=0, schedule="constant", train=((r"vision\..*", None), (r".*", 3e-3)),
+        options={**config.options, "beta": 0.1, "next_token": 0.1},
     )  # fmt: skip
 
 
