@@ -514,12 +514,17 @@ def test_implied_questions_are_true_of_the_scene():
 
 def test_questions_of_a_prompt():
     asked = dict(wanted("a small red circle left of a blue star on a gray background"))
+    assert list(asked.items())[:2] == [
+        ("is there a red circle?", "yes"),
+        ("is there a blue star?", "yes"),
+    ]
     assert asked["how many objects are there?"] == "two"
     assert asked["what color is the star?"] == "blue"
     assert asked["is the circle small or large?"] == "small"
     assert asked["is the red circle left of the blue star?"] == "yes"
     assert asked["what color is the background?"] == "gray"
     assert dict(wanted("three red circles"))["how many circles are there?"] == "three"
+    assert wanted("a blue star and a circle")[1] == ("is there a circle?", "yes")
     asked = dict(wanted("a red star and a small blue star"))
     assert "what color is the star?" not in asked and asked["is there a red star?"] == "yes"
     assert asked["is the blue star small or large?"] == "small"

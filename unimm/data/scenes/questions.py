@@ -77,9 +77,14 @@ def text_dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str
 
 
 def implied_questions(spec: Spec) -> list[tuple[str, str]]:
-    """Questions and answers that hold of every picture of what was said, in plain phrasings."""
+    """Questions and answers that hold of every picture of what was said, in plain phrasings.
+
+    Whether things are there comes first: that they are is taken for granted by what follows.
+    """
+    things = dict.fromkeys(phrase((1, None, color, shape)) for _, _, color, shape in spec.groups)
+    asked = [(f"is there {thing}?", "yes") for thing in things]
     total = sum(count for count, *_ in spec.groups)
-    asked = [("how many objects are there?", NUMBERS[total])] if total < len(NUMBERS) else []
+    asked += [("how many objects are there?", NUMBERS[total])] if total < len(NUMBERS) else []
     shapes: Counter[str] = Counter()
     for count, _, _, shape in spec.groups:
         shapes[shape] += count
@@ -88,8 +93,6 @@ def implied_questions(spec: Spec) -> list[tuple[str, str]]:
         name = shape if shapes[shape] == 1 else phrase((1, None, color, shape), article=False)
         if color and shapes[shape] == 1:
             asked.append((f"what color is the {shape}?", color))
-        elif color:
-            asked.append((f"is there {phrase((1, None, color, shape))}?", "yes"))
         if size and count == 1 and (color or shapes[shape] == 1):
             asked.append((f"is the {name} small or large?", size))
     for i, relation, j in spec.relations:
