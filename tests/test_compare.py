@@ -215,8 +215,11 @@ def test_one_protocol_scores_both_ways_of_drawing(tmp_path, monkeypatch):
         "world": "scenes-mini", "n": 12, "seed": 3, "guidance": 1.0,
         "diffusion_guidance": 1.0, "diffusion_steps": 2,
     }  # fmt: skip
-    asked = []
+    asked, steps, real = [], [], module.painter
     monkeypatch.setattr(module, "check", lambda p, words, world: asked.append(words) or True)
+    monkeypatch.setattr(
+        module, "painter", lambda f, p: steps.append(p["diffusion_steps"]) or real(f, p)
+    )
     for way, unit in (("codes", 16), ("diffusion", 2)):
         asked.append(way)
         if way == "diffusion":
@@ -228,10 +231,12 @@ def test_one_protocol_scores_both_ways_of_drawing(tmp_path, monkeypatch):
         assert 0 <= scores["understanding"] <= 1
         rebuilt = {"reconstruction_psnr", "reconstruction_checked", "decode_s"}
         assert (rebuilt & scores.keys()) == (rebuilt if way == "codes" else set())
+        assert ("generation_4x_steps" in scores) == (way == "diffusion")
         pictures = scenes_samples(tmp_path / "model", protocol)
         assert pictures.shape == (16, 3, 16, 16) and pictures.abs().max() <= 1
     half = asked.index("diffusion")
-    prompts = asked[half + 1 :]
+    prompts = asked[half + 1 : half + 1 + (len(asked) - half) // 2]
+    assert asked[half + 1 :] == 2 * prompts and steps == [2, 2, 2, 8, 2]
     assert asked[1 : len(prompts) + 1] == prompts and len(set(prompts)) > 5
     assert half - 1 - len(prompts) == 12  # captions of what was rebuilt
 
