@@ -309,6 +309,16 @@ def test_the_average_is_the_recurrence(root, tmp_path):
     assert {"average.null", "decoder.null", "updates"} <= set(flow.state_dict())
 
 
+def test_the_condition_may_be_the_bundled_model(root, tmp_path):
+    run = run_for("diffusion.py", root, talks, init="scenes")
+    parts = setup_diffusion(run)
+    assert parts.model.decoder.config.size == 64
+    (item,) = Mixture({"a": talks(run)}, {"a": 1.0}, 3, parts.prepare).take(1)
+    assert item.pixels.shape == (3, 64, 64)
+    parts.save(tmp_path)
+    assert load_diffusion(tmp_path, "text")[0].config == parts.model.decoder.config
+
+
 def test_what_is_random_follows_from_the_place_in_the_stream(root):
     run = run_for("diffusion.py", root, talks)
     parts = setup_diffusion(run)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unimm.checkpoints.native import load_model, save_model
+from unimm.checkpoints.native import save_model
 from unimm.config import Run
 from unimm.data.processor import Processor, Sample, to_unit, user
 from unimm.model.diffusion import (
@@ -30,7 +30,7 @@ from unimm.model.diffusion import (
 )
 from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import Batch, UnifiedModel
-from unimm.training.next_token import save_grid
+from unimm.training.next_token import open_init, save_grid
 from unimm.training.trainer import Parts
 
 DEFAULTS: dict[str, Any] = {
@@ -135,13 +135,13 @@ def pictures(batch: FlowBatch, run: Run) -> float:
 
 
 def setup_diffusion(run: Run) -> Parts:
-    """Text -> picture: the model in `run.init` gives the condition, and is saved with the decoder.
+    """Text -> picture: the model of `run.init` (see `open_init`) gives the condition, and is saved with the decoder.
 
     Items are conversations that end in a drawn picture; all before it is the condition. What of
     the model learns is said by `run.train` ("conditioner." before its names).
     """
     options = checked_options(run)
-    model, processor, sampling = load_model(run.init)
+    model, processor, sampling = open_init(run)
     dim, size = model.config.decoder.dim, processor.drawn_size
     flow = make_flow(options, model, dim, None, size)
 
