@@ -135,10 +135,11 @@ def pictures(batch: FlowBatch, run: Run) -> float:
 
 
 def setup_diffusion(run: Run) -> Parts:
-    """Text -> picture: the model of `run.init` (see `open_init`) gives the condition, and is saved with the decoder.
+    """Text -> picture: the model of `run.init` gives the condition, and is saved with the decoder.
 
-    Items are conversations that end in a drawn picture; all before it is the condition. What of
-    the model learns is said by `run.train` ("conditioner." before its names).
+    Of what `run.init` may be, see `open_init`. Items are conversations that end in a drawn picture;
+    all before it is the condition. What of the model learns is said by `run.train`
+    ("conditioner." before its names).
     """
     options = checked_options(run)
     model, processor, sampling = open_init(run)
