@@ -307,7 +307,7 @@ def test_the_base_may_not_learn_beside_adapters(run):
 
 def test_cached_log_probabilities_are_kept_with_the_run(run):
     out = train(run)
-    known = json.loads((out / "reference.json").read_text())
+    known = json.loads((out / "reference.json").read_text())["pairs"]
     assert set(known) == {row_key(row) for row in ROWS}
     model, processor, _ = load_model(run.init)
     found = log_probs(model, processor, ROWS).view(2, -1)
@@ -459,6 +459,7 @@ def test_the_command_makes_preferences_and_refuses_nonsense(tiny_unimm, tmp_path
     judge = tmp_path / "judge.py"
     judge.write_text(
         "def dark(prompt, picture):\n    return -sum(picture.convert('L').tobytes())\n"
+        "def nothing(prompt, picture):\n    return float('nan')\n"
     )
     common = ["preferences", str(out), "--model", model, "--answers", "2"]
     assert main([*common, "--judge", f"{judge}:dark", "--scenes", "3"]) == 0
@@ -474,6 +475,8 @@ def test_the_command_makes_preferences_and_refuses_nonsense(tiny_unimm, tmp_path
     for text, message in (
         (json.dumps({"id": "nobody", "scores": [0, 1]}), "no candidate with the id 'nobody'"),
         (json.dumps({"id": candidates[0]["id"], "scores": [1]}), "each needs a score"),
+        (json.dumps({"id": candidates[0]["id"], "scores": [1, None]}), "not all numbers"),
+        (json.dumps({"id": candidates[0]["id"], "chosen": []}), "holds preferences"),
         ("", "is empty"),
         ("[1]", "not a JSON object"),
     ):
@@ -487,6 +490,9 @@ def test_the_command_makes_preferences_and_refuses_nonsense(tiny_unimm, tmp_path
         ["--judge", "self", "--scenes", "0"],
         ["--judge", "self", "--scenes", "2", "--answers", "1"],
         ["--judge", "self", "--candidates", str(tmp_path / "none.jsonl")],
+        ["--judge", "self", "--margin", "-1"],
+        ["--judge", "self", "--candidates", str(out)],
+        ["--judge", f"{judge}:nothing"],
     ):
         assert main([*common, *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1

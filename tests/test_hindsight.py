@@ -9,13 +9,16 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from unimm.checkpoints.native import save_model
 from unimm.cli import main
-from unimm.data.processor import user
+from unimm.config import Source, load_recipe
+from unimm.data.processor import assistant, user
 from unimm.data.scenes import (
     TASKS,
     WORLDS,
     Spec,
     from_array,
+    held_out_pair,
     is_held_out,
     nearest,
     parse,
@@ -26,6 +29,7 @@ from unimm.data.scenes import (
     satisfies,
     task_prompt,
 )
+from unimm.model.unified import CODE
 from unimm.pipeline import UniMM
 from unimm.training import preferences as made
 from unimm.training.dpo import (
@@ -106,7 +110,8 @@ def test_nearest_is_true_says_as_much_and_is_understood():
 def test_what_cannot_be_said():
     scene = scene_of("a red star")
     unknown = replace(scene, objects=(replace(scene.objects[0], shape="unknown"),))
-    assert nearest(parse("a red star"), replace(unknown, objects=unknown.objects * 7)) is None
+    assert nearest(parse("a blue star"), unknown) is None
+    assert nearest(parse("five red stars"), replace(scene, objects=scene.objects * 7)) is None
     three = Spec(((1, None, None, "star"),) * 3, ((0, "above", 1),))
     with pytest.raises(ValueError, match="no plain words"):
         plain(three)
@@ -146,16 +151,26 @@ def test_wrong_pictures_are_pairs_of_their_prompts(tiny_unimm, monkeypatch, tmp_
     assert report["pairs"] == len(read_preferences(path)) == 4
 
 
-def test_nothing_that_is_held_out_is_learned(tiny_unimm, monkeypatch):
+def test_nothing_that_is_held_out_is_learned(tiny_unimm, monkeypatch, tmp_path):
+    """Not of wrong pictures, not of right ones, which may be so where the prompt leaves it open."""
     for k in range(999):
         held = sample_scene(MINI, np.random.default_rng(k), split="pairs", count=1)
         o = held.objects[0]
         color = next(c for c in MINI.colors if c != o.color)
         if is_held_out(replace(held, objects=(replace(o, color=color),))) is None:
             break
-    row = {"id": "a", "prompt": [user(f"a {color} {o.shape}")], "answers": [[drawn(1)]]}
-    monkeypatch.setattr(tiny_unimm, "pictures", lambda codes: [render(held, MINI)])
-    assert list(made.hindsight_pairs(tiny_unimm, [row])) == []
+    other = next(s for s in MINI.shapes if s != o.shape and not held_out_pair(s, "green"))
+    wrong = render(scene_of(f"a green {other}", MINI), MINI)
+    monkeypatch.setattr(tiny_unimm, "pictures", lambda codes: [render(held, MINI), wrong])
+    for words, pairs in ((f"a {color} {o.shape}", 1), (f"a {o.shape}", 1)):
+        row = {"id": "a", "prompt": [user(words)], "answers": [[drawn(1)], [drawn(2)]]}
+        found = list(made.hindsight_pairs(tiny_unimm, [row]))
+        assert [pair["chosen"] for pair in found] == [row["answers"][1]] * pairs
+        with pytest.raises(ValueError, match="no preferences"):
+            made.choose_pairs(tiny_unimm, [row], made.checker_judge, tmp_path / "p.jsonl")
+        by_hand = lambda model, rows: [[1.0, 0.0]]  # noqa: E731
+        with pytest.raises(ValueError, match="no preferences"):
+            made.choose_pairs(tiny_unimm, [row], by_hand, tmp_path / "p.jsonl")
 
 
 def test_edits_are_judged_by_the_scene_that_they_make(tiny_unimm, monkeypatch, tmp_path):
@@ -179,6 +194,26 @@ def test_edits_are_judged_by_the_scene_that_they_make(tiny_unimm, monkeypatch, t
         [0.0, 1.0, 1.0, 1.0][: len(found[0]["answers"])]
     ]
     assert list(made.hindsight_pairs(tiny_unimm, found)) == []
+    rows = [{**found[0], "answers": found[0]["answers"][:2]}]
+    scored = lambda model, rows: [[1.0, 0.0]]  # noqa: E731
+    report = made.choose_pairs(tiny_unimm, rows, scored, tmp_path / "p.jsonl")
+    assert report["pairs"] == 1 and report["best_score"] == 0  # the rendered answer is not its own
+    with pytest.raises(ValueError, match="not edits"):
+        made.self_judge(tiny_unimm, rows)
+
+
+def test_another_model_draws_its_own_candidates(tiny_unimm, tmp_path, capsys):
+    with torch.no_grad():
+        tiny_unimm.model.image_head.out.weight.mul_(-1)
+    tiny_unimm.save_pretrained(tmp_path / "other")
+    (tmp_path / "judge.py").write_text("def dark(w, p):\n    return -sum(p.tobytes())\n")
+    common = ["preferences", str(tmp_path / "p.jsonl"), "--judge", f"{tmp_path / 'judge.py'}:dark"]
+    counts = []
+    for name in ("tiny", "other", "tiny"):
+        words = ["--scenes", "2", "--answers", "2", "--model", str(tmp_path / name)]
+        assert main([*common, *words]) == 0
+        counts.append(len(made.read_lines(tmp_path / "p.candidates.jsonl")))
+    assert counts == [2, 4, 4]
 
 
 def test_the_commands(tiny_unimm, tmp_path, capsys):
@@ -219,6 +254,24 @@ def test_a_rejected_answer_may_have_its_own_prompt():
     assert (pair.chosen.score > 0).sum() == (pair.rejected.score > 0).sum()
 
 
+def test_an_answer_is_scored_whole_whatever_stands_before_it():
+    """A system prompt is said to a model that answers in words, and not to one that draws."""
+    model, processor = tiny_model()
+    short = {"prompt": [user("a")], "chosen": [drawn(1)], "rejected": [drawn(2)]}
+    unworded = encode_pair(processor, short)
+    system = "you are a helpful assistant that sees and draws"
+    processor.template = replace(processor.template, system=system)
+    talk = [user("a"), drawn(3), user("again")]
+    for said, answer in (([user("a")], drawn(1)), (talk, drawn(1)), (talk, assistant("b"))):
+        row = {"prompt": said, "chosen": [answer], "rejected": [drawn(2)]}
+        pair = encode_pair(processor, row)
+        assert (pair.rejected.score > 0).sum() == (unworded.rejected.score > 0).sum()
+        scored = pair.chosen.score > 0
+        assert scored[-1] and scored[np.argmax(scored) :].all()  # the answer, to its end
+    codes = pair.rejected.ids[pair.rejected.kind == CODE]
+    assert codes.tolist() == made.codes_of([drawn(3)]) + made.codes_of([drawn(2)])
+
+
 def test_equal_answers_need_different_prompts(tmp_path):
     row = {"prompt": [user("a")], "chosen": [drawn(1)], "rejected": [drawn(1)]}
     path = tmp_path / "p.jsonl"
@@ -237,8 +290,6 @@ def test_equal_answers_need_different_prompts(tmp_path):
 
 def test_processes_share_the_work_of_the_reference(tmp_path, monkeypatch):
     import torch.distributed as dist
-
-    from unimm.config import Source, load_recipe
 
     path = tmp_path / "p.jsonl"
     rows = [
@@ -271,6 +322,44 @@ def test_processes_share_the_work_of_the_reference(tmp_path, monkeypatch):
     assert together.keys() == alone.keys()
     for key, value in alone.items():
         assert together[key] == pytest.approx(value, abs=1e-3)
+
+
+def test_what_is_cached_is_of_this_model_and_of_every_pair(tmp_path):
+    rows = [
+        {"prompt": [user("a dot")], "chosen": [drawn(k)], "rejected": [drawn(k + 50)]}
+        for k in range(4)
+    ]
+    path = tmp_path / "p.jsonl"
+    data = {"p": Source(source, options={"path": str(path)})}
+    base = replace(load_recipe("train/dpo.py").config, data=data, batch_size=2)
+    run = replace(base, precision="float32", out=str(tmp_path / "out"))
+    model, processor = tiny_model()
+
+    def cached(model, rows, run=run):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return cached_reference(model, processor, run)
+
+    first = cached(model, rows[:2])
+    assert cached(model, rows).keys() > first.keys()  # a file that grew
+    other, _ = tiny_model()
+    with torch.no_grad():
+        other.image_head.out.weight.mul_(3)
+    found = cached(other, rows)
+    alone = cached(other, rows, replace(run, out=str(tmp_path / "alone")))
+    assert found == alone and found != cached(model, rows)
+
+
+def test_pictures_of_another_model_are_refused(tmp_path, capsys):
+    save_model(tmp_path / "model", *tiny_model())
+    path = tmp_path / "p.jsonl"
+    for wrong in ([1, 2, 3], [0] * 15 + [32], [0] * 15 + ["1"], "ab"):
+        bad = {"role": "assistant", "content": [{"type": "image", "codes": wrong}]}
+        row = {"prompt": [user("a")], "chosen": [drawn(1)], "rejected": [bad]}
+        path.write_text(json.dumps(row))
+        words = [f"data.pairs.options.path={path}", f"init={tmp_path / 'model'}"]
+        assert main(["train", "train/dpo.py", *words, f"out={tmp_path / 'o'}"]) == 2
+        err = capsys.readouterr().err
+        assert "preference 1: a picture of this model is 16 codes" in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------- sampling defaults

@@ -1,13 +1,11 @@
-"""DPO: the model learns to prefer, of its own pictures and words, the better ones.
+"""DPO: the model learns to prefer the better of two pictures or answers.
 
-unimm preferences pictures.jsonl --judge checker --scenes 3000 --pairs 2 --hindsight
-unimm preferences edits.jsonl --judge checker --edits 2000 --answers 4 --pairs 2
-cat pictures.jsonl edits.jsonl > pairs.jsonl
+unimm preferences pairs.jsonl --judge checker --scenes 3000 --pairs 2 --hindsight
 unimm train train/dpo.py init=runs/scenes/model data.pairs.options.path=pairs.jsonl out=runs/dpo
 
 Everything but the encoder of seen pictures learns, with a next-token term on the chosen answers
 (as Emu3 does; at 0.1 and three times the rate they lost 20 nats each, and pictures got worse).
-`steps` is one pass over the 13,000 pairs that come of it; a second pass learns them by heart. Cost
+`steps` is one pass over the 10,000 pairs that come of it; a second pass learns them by heart. Cost
 and what it brought: see train/README.md.
 """
 
@@ -22,7 +20,7 @@ config = Run(
     count=pair_count,
     train=((r"vision\..*", None), (r".*", 2e-4)),
     data={"pairs": Source(preferences, options={"path": "pairs.jsonl"})},
-    steps=200,
+    steps=155,
     batch_size=64,
     accumulate=2,
     warmup=20,

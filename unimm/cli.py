@@ -126,6 +126,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 def preferences(args: argparse.Namespace) -> None:
     from unimm.training import preferences as made
+    from unimm.training.dpo import fingerprint
 
     out = Path(args.out)
     candidates = Path(args.candidates or out.with_suffix(".candidates.jsonl"))
@@ -145,13 +146,14 @@ def preferences(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"give --prompts, --scenes or --edits: there is no {candidates} to judge"
             )
-        rows = made.read_lines(candidates)
+        rows = made.read_candidates(candidates)
     else:
         world = model.sampling.get("world", "scenes")
         default = model.sampling.get("edit_guidance" if args.edits else "guidance", 1.0)
         guidance = default if args.guidance is None else args.guidance
         temperature = 1.0 if args.temperature is None else args.temperature
-        how = made.Sampling(args.answers, guidance, temperature, args.seed)
+        of = fingerprint(model.model, args.dtype)
+        how = made.Sampling(args.answers, guidance, temperature, args.seed, of=of)
         if args.prompts is not None:
             prompts = read_lines(args.prompts)
         elif args.edits is not None:

@@ -126,6 +126,9 @@ def setup_dpo(run: Run) -> Parts:
     if how not in REFERENCES:
         raise ValueError(f"reference is one of {', '.join(REFERENCES)}, not {how!r}")
     model, processor, sampling = open_init(run)
+    for source in run.data.values():
+        rows = source.make(run, **source.options).rows
+        check_codes(rows, processor, model.config.codebook_size)
     frozen = copy.deepcopy(model).eval().requires_grad_(False) if how == "copy" else None
     if how == "adapter":
         add_adapters(model, run.options["lora_rank"])
@@ -175,7 +178,12 @@ def encode_pair(processor: Processor, row: Row) -> Pair:
 
     def encode(prompt: list[Message], answer: list[Message]) -> Sample:
         sample = processor.encode([*prompt, *answer])
-        sample.score[: len(processor.encode(prompt))] = 0
+        scored = np.flatnonzero(sample.score)
+        if any(message["role"] == "assistant" for message in prompt):  # earlier answers are not
+            earlier = int((processor.encode(prompt).score > 0).sum())
+            sample.score[scored[:earlier]] = 0
+        if not sample.score.any():
+            raise ValueError("there is nothing to score in an answer of a preference")
         return sample
 
     other = row["rejected_prompt"] if "rejected_prompt" in row else row["prompt"]
@@ -195,16 +203,19 @@ def cached_reference(
 ) -> dict[str, tuple[float, float]]:
     """Log-probabilities of every pair of the run under `model`, by `row_key`.
 
-    The processes of a run share the work.
+    What reference.json of the run's folder has of this very model is not computed again. The
+    processes of a run share the work.
     """
-    path = Path(run.out) / "reference.json"
-    if path.exists():
-        return {key: (a, b) for key, (a, b) in json.loads(path.read_text()).items()}
+    path, of = Path(run.out) / "reference.json", fingerprint(model, run.precision)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, tuple[float, float]] = {}
+    if before.get("of") == of:
+        known = {key: (a, b) for key, (a, b) in before["pairs"].items()}
     rows = [row for source in run.data.values() for row in source.make(run, **source.options).rows]
+    rows = [row for row in rows if row_key(row) not in known]
     rows.sort(key=lambda row: len(json.dumps(row)))  # of like length together
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
-    known: dict[str, tuple[float, float]] = {}
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for k in range(rank * run.batch_size, len(rows), ranks * run.batch_size):
         part = rows[k : k + run.batch_size]
@@ -216,11 +227,39 @@ def cached_reference(
         everyone: list[Any] = [None] * ranks
         dist.all_gather_object(everyone, known)
         known = {key: value for one in everyone for key, value in one.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # of this rank
-    scratch.write_text(json.dumps(known))
-    os.replace(scratch, path)
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # of this rank
+        scratch.write_text(json.dumps({"of": of, "pairs": known}))
+        os.replace(scratch, path)
     return known
+
+
+def fingerprint(model: UnifiedModel, precision: str) -> str:
+    """A name for these weights in this precision."""
+    sums = [
+        (name, float(p.double().sum()), float(p.double().abs().sum()))
+        for name, p in model.state_dict().items()
+    ]
+    return hashlib.sha1(json.dumps([precision, sums]).encode()).hexdigest()
+
+
+def check_codes(rows: list[Row], processor: Processor, codes: int) -> None:
+    """ValueError for a drawn picture in an answer that is not one of the model's: of another number
+    of codes, or with a code outside 0 to `codes` - 1."""
+    for number, row in enumerate(rows, 1):
+        for message in [*row["chosen"], *row["rejected"]]:
+            content = message.get("content")
+            for part in content if isinstance(content, list) else []:
+                drawn = part.get("codes") if isinstance(part, dict) else None
+                if drawn is None:
+                    continue
+                fits = isinstance(drawn, list) and len(drawn) == processor.codes_per_image
+                if not fits or not all(isinstance(c, int) and 0 <= c < codes for c in drawn):
+                    raise ValueError(
+                        f"preference {number}: a picture of this model is "
+                        f"{processor.codes_per_image} codes from 0 to {codes - 1}"
+                    )
 
 
 def preferences(run: Run, path: str) -> Rows:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     TASKS,
+    UNKNOWN,
     WORLDS,
     Scene,
     Spec,
@@ -49,13 +50,15 @@ PROMPTS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Sampling:
-    """How candidates are drawn. answer: "image", or "text" for words."""
+    """How candidates are drawn. answer: "image", or "text" for words. of: a name of the model, that
+    one model's answers are not taken for another's."""
 
     answers: int = 8
     guidance: float = 1.0
     temperature: float = 1.0
     seed: int = 0
     answer: str = "image"
+    of: str = ""
 
     def __post_init__(self) -> None:
         if self.answers < 2:
@@ -79,18 +82,18 @@ def scenes_prompts(count: int, world: str, seed: int = 0) -> list[str]:
 
 
 def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Row]:
-    """`count` instructions to edit scenes of the train split: {"prompt", "answers", "scenes"}.
+    """`count` instructions to edit scenes of the train split, as rows for `sample_candidates`.
 
-    The prompt shows the picture as its codes, and the rendered answer is the first of those to come
-    (what is drawn differs from it by little but mistakes). "scenes" are those before and after, as
-    `to_array` has them, for the judge.
+    The prompt shows the picture as its codes. The first of the answers to come is not the model's
+    ("given" is 1) but the rendered one, from which what is drawn differs by little but mistakes.
+    "scenes" are those before and after, as `to_array` has them, for the judge.
     """
     rows = []
     for k in range(count):
         before, words, after = sample_edit(world, np.random.default_rng((seed, 32, k)))
         old, new = (model.processor.codes(render(s, world)).tolist() for s in (before, after))
         row: Row = {"prompt": [user({"codes": old, "view": BOTH}, words)]}
-        row["answers"] = [[assistant({"codes": new})]]
+        row |= {"answers": [[assistant({"codes": new})]], "given": 1}
         rows.append({**row, "scenes": [to_array(s).tolist() for s in (before, after)]})
     return rows
 
@@ -111,8 +114,8 @@ def sample_candidates(
         wanted.setdefault(name_of(row["prompt"], how), row)
     if not wanted:
         raise ValueError("there is no prompt to sample answers for")
-    begun = path.exists() and path.stat().st_size > 0
-    there = {row["id"]: row for row in read_lines(path)} if begun else {}
+    begun = path.exists() and b"\n" in path.read_bytes()  # one whole line at least
+    there = {row["id"]: row for row in read_candidates(path)} if begun else {}
     write_lines(path, there.values())  # without a line that a stopped run left unfinished
     missing = [name for name in wanted if name not in there]
     with path.open("a", encoding="utf-8") as file:
@@ -199,20 +202,36 @@ def hindsight_pairs(model: UniMM, rows: list[Row], each: int = 1) -> Iterator[Ro
 
     A wrong picture is preferred behind the plain prompt that is true of it (`nearest`) to itself
     behind that which was asked; up to `each` right ones of the same prompt the other way round.
-    Nothing that is held out is learned: such pictures are left out.
+    Pictures that show something held out are left out.
     """
     for row in rows:
         if "scenes" in row:
             continue
         asked, others, right = meaning(row), [], []
         for scene, answer in zip(seen(model, row), row["answers"], strict=True):
+            if shows_held_out(scene):
+                continue
             if (shown := nearest(asked, scene)) == asked:
                 right.append(answer)
-            elif shown is not None and not is_held_out(scene):
+            elif shown is not None:
                 others.append(shown)
                 yield relabelled(row, answer, shown, asked)
         for k, answer in enumerate(right[:each] if others else ()):
             yield relabelled(row, answer, asked, others[k % len(others)])
+
+
+def allowed(model: UniMM, row: Row) -> list[bool]:
+    """Which answers may be learned from: all but pictures of Scenes with something held out."""
+    of_scenes = "scenes" in row or parse(words_of(row["prompt"])) is not None
+    if not of_scenes or not all(codes_of(answer) for answer in row["answers"]):
+        return [True] * len(row["answers"])
+    return [not shows_held_out(scene) for scene in seen(model, row)]
+
+
+def shows_held_out(scene: Scene) -> bool:
+    """Whether something held out is among what the checker knows in a picture."""
+    known = tuple(o for o in scene.objects if o.shape != UNKNOWN)
+    return is_held_out(replace(scene, objects=known)) is not None
 
 
 def relabelled(row: Row, answer: list[Message], true: Spec, false: Spec) -> Row:
@@ -225,6 +244,8 @@ def self_judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
     """How well the model itself thinks that each picture fits, see `agreement`."""
     pictures, prompts = [], []
     for row in rows:
+        if "scenes" in row:
+            raise ValueError("the model judges pictures drawn for a text, not edits")
         pictures += model.pictures([codes_of(answer) for answer in row["answers"]])
         prompts += [words_of(row["prompt"])] * len(row["answers"])
     scores = iter(agreement(model.model, model.processor, pictures, prompts))
@@ -234,27 +255,31 @@ def self_judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
 def ratings_judge(path: Path, rows: list[Row]) -> Judge:
     """People's ratings: JSONL lines {"id": of a candidate row, "scores": [one an answer]}.
 
-    Candidates without a rating are left out (equal scores). Raises ValueError for an unknown id or
-    a wrong number of scores.
+    Candidates without a rating are left out. Raises ValueError for an unknown id, or scores that
+    are too many, too few or no numbers.
     """
     known = {row["id"]: len(row["answers"]) for row in rows}
     rated: dict[str, list[float]] = {}
     for line in read_lines(path):
         name, scores = str(line.get("id")), line.get("scores")
+        if "chosen" in line:
+            raise ValueError(f"{path} holds preferences: train/dpo.py takes it as it is")
         if name not in known:
             raise ValueError(f"{path}: there is no candidate with the id {name!r}")
         if not isinstance(scores, list) or len(scores) != known[name]:
             raise ValueError(f"{path}: {name} has {known[name]} answers, each needs a score")
+        if not all(isinstance(score, int | float) for score in scores):
+            raise ValueError(f"{path}: the scores of {name} are not all numbers")
         rated[name] = [float(score) for score in scores]
 
     def judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
-        return [rated.get(row["id"], [0.0] * len(row["answers"])) for row in rows]
+        return [rated.get(row["id"], []) for row in rows]
 
     return judge
 
 
 def function_judge(function: Callable[[str, Any], float]) -> Judge:
-    """Any Python function (prompt, PIL image or text) -> score."""
+    """Any Python function (text of the last user message, PIL image or text) -> score."""
 
     def judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
         return [
@@ -298,18 +323,26 @@ def choose_pairs(
     `each`: so many pairs of a prompt at most, the second best against the second worst and so on.
     `hindsight`: the pairs of `hindsight_pairs` too. Answers whose scores differ by `margin` or less
     give no preference. Of equal scores the earlier answer counts as the better one, and as the
-    worse one.
+    worse one. Pictures of Scenes that show something held out are not learned from, whatever the
+    judge. The scores are of the model's own answers.
     """
+    if margin < 0:
+        raise ValueError(f"the margin is 0 or more, not {margin}")
     pairs, scores = [], []
     for k in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc="judging", disable=None):
         part = rows[k : k + PROMPTS_AT_ONCE]
         for row, found in zip(part, judge(model, part), strict=True):
             if not found:
                 continue
-            scores.append((float(np.mean(found)), max(found)))
-            order = np.argsort([-score for score in found], kind="stable")[:each].tolist()
-            other = np.argsort(found, kind="stable")[:each].tolist()
-            for best, worst in zip(order, other, strict=True):
+            if not np.isfinite(found).all():
+                raise ValueError(f"the judge gives a score that is no number: {found}")
+            own = found[row.get("given", 0) :]
+            scores.append((float(np.mean(own)), max(own)) if own else (0.0, 0.0))
+            ranked = np.argsort([-score for score in found], kind="stable")
+            learned = allowed(model, row)
+            order = [k for k in ranked.tolist() if learned[k]]
+            other = [k for k in np.argsort(found, kind="stable").tolist() if learned[k]]
+            for best, worst in zip(order[:each], other[:each], strict=True):
                 if found[best] - found[worst] > margin:
                     a, b = row["answers"][best], row["answers"][worst]
                     kept = {"id": row["id"], "scores": [found[best], found[worst]]}
@@ -363,6 +396,15 @@ def write_lines(path: Path, rows: Iterable[Row]) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(part, path)
+
+
+def read_candidates(path: Path) -> list[Row]:
+    """The rows of a candidates file; ValueError for one that is none."""
+    rows = read_lines(path)
+    for row in rows:
+        if not all(row.get(name) for name in ("id", "prompt", "answers")):
+            raise ValueError(f'{path}: a row of candidates has "id", "prompt" and "answers"')
+    return rows
 
 
 def read_lines(path: Path) -> list[Row]:

@@ -8,6 +8,7 @@ which everything but the mistake is equal.
 from dataclasses import replace
 from itertools import permutations
 
+from .drawing import SHAPES
 from .language import NUMBERS, Group, enumerate_words, phrase
 from .meaning import Spec, satisfies
 from .world import RELATIONS, WORLDS, Object, Scene, relation_holds
@@ -39,6 +40,8 @@ def nearest(spec: Spec, scene: Scene) -> Spec | None:
     if satisfies(scene, spec):
         return spec
     objects, groups = scene.objects, spec.groups
+    if any(o.shape not in SHAPES for o in objects):
+        return None
     if len(groups) == 1 and 0 < len(objects) < len(NUMBERS):
         groups = ((len(objects), *groups[0][1:]),)
     slots = [i for i, group in enumerate(groups) for _ in range(group[0])]
