@@ -459,7 +459,8 @@ def test_the_command_makes_preferences_and_refuses_nonsense(tiny_unimm, tmp_path
     judge = tmp_path / "judge.py"
     judge.write_text(
         "def dark(prompt, picture):\n    return -sum(picture.convert('L').tobytes())\n"
-        "def nothing(prompt, picture):\n    return float('nan')\n"
+        "def nan(prompt, picture):\n    return float('nan')\n"
+        "def nothing(prompt, picture):\n    return None\n"
     )
     common = ["preferences", str(out), "--model", model, "--answers", "2"]
     assert main([*common, "--judge", f"{judge}:dark", "--scenes", "3"]) == 0
@@ -492,6 +493,7 @@ def test_the_command_makes_preferences_and_refuses_nonsense(tiny_unimm, tmp_path
         ["--judge", "self", "--candidates", str(tmp_path / "none.jsonl")],
         ["--judge", "self", "--margin", "-1"],
         ["--judge", "self", "--candidates", str(out)],
+        ["--judge", f"{judge}:nan"],
         ["--judge", f"{judge}:nothing"],
     ):
         assert main([*common, *words]) == 2

@@ -379,3 +379,14 @@ def test_edits_have_their_own_temperature(tiny_unimm):
     tiny_unimm.sampling = {"edit_temperature": 0.0}
     a, b = (np.asarray(tiny_unimm.edit(picture, "make it blue", seed=s)) for s in (1, 2))
     assert (a == b).all()
+
+
+def test_preferences_are_looked_at_before_training(tmp_path, capsys):
+    save_model(tmp_path / "model", *tiny_model())
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        json.dumps({"prompt": [user("a")], "chosen": [drawn(1)], "rejected": [drawn(2)]})
+    )
+    common = [f"data.pairs.options.path={path}", f"init={tmp_path / 'model'}"]
+    assert main(["data", "check", "train/dpo.py", *common]) == 0
+    assert "1 of 1 looked at are good" in capsys.readouterr().out

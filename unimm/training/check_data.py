@@ -32,7 +32,7 @@ def check_data(run: Run, most: int, sheet: Path | None = None) -> str:
         wrong: Counter[str] = Counter()
         for i in range(count):
             try:
-                talk = rows[i]["messages"]
+                talk = conversation(rows[i])
                 lengths.append(len(processor.encode(talk)))
             except (ValueError, OSError) as error:
                 wrong[" ".join(str(error).split())] += 1
@@ -49,6 +49,15 @@ def check_data(run: Run, most: int, sheet: Path | None = None) -> str:
     if sheet is not None and cells:
         contact_sheet(cells).save(sheet)
     return "\n".join(lines)
+
+
+def conversation(row: Any) -> list[Message]:
+    """What is shown of a row: its messages, or of a preference the chosen answer to the prompt."""
+    if isinstance(row, dict) and "messages" in row:
+        return row["messages"]
+    if isinstance(row, dict) and "chosen" in row:
+        return [*row["prompt"], *row["chosen"]]
+    raise ValueError("the rows of this source are no conversations")
 
 
 def contact_sheet(cells: list[tuple[Image.Image | None, str]]) -> Image.Image:

@@ -281,13 +281,14 @@ def ratings_judge(path: Path, rows: list[Row]) -> Judge:
 def function_judge(function: Callable[[str, Any], float]) -> Judge:
     """Any Python function (text of the last user message, PIL image or text) -> score."""
 
-    def judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
-        return [
-            [float(function(words_of(row["prompt"]), shown(model, a))) for a in row["answers"]]
-            for row in rows
-        ]
+    def score(row: Row, answer: list[Message], model: UniMM) -> float:
+        found = function(words_of(row["prompt"]), shown(model, answer))
+        try:
+            return float(found)
+        except (TypeError, ValueError):
+            raise ValueError(f"the judge gives a score that is no number: {found!r}") from None
 
-    return judge
+    return lambda model, rows: [[score(row, a, model) for a in row["answers"]] for row in rows]
 
 
 def find_judge(name: str, rows: list[Row]) -> Judge:
