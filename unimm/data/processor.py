@@ -265,15 +265,19 @@ class Processor:
     ) -> torch.Tensor:
         """Codes of complete pictures -> float32 (N, 3, H, W) in [-1, 1], on the CPU.
 
-        dtype: of the convolutions, whatever that of the weights (bfloat16 is faster).
+        dtype: of the convolutions, whatever that of the weights (bfloat16 is faster). In float32 on
+        a CPU pictures are decoded one by one: convolutions over a batch round otherwise, which can
+        change the last bit of a pixel.
         """
         if self.image_tokenizer is None:
             raise ValueError("this model has no image tokenizer, so it cannot draw")
         device = next(self.image_tokenizer.parameters()).device
         half = dtype != torch.float32
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=half):
-            drawn = self.image_tokenizer.decode(torch.tensor(codes, device=device), self.grid)
-        return drawn.float().cpu()
+            ids = torch.tensor(codes, device=device)
+            at_once = len(ids) if half or device.type != "cpu" else 1
+            drawn = [self.image_tokenizer.decode(part, self.grid) for part in ids.split(at_once)]
+        return torch.cat(drawn).float().cpu()
 
     def _head(self, mine: bool) -> list[int]:
         """The ids that open a turn."""
