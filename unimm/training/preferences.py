@@ -339,6 +339,8 @@ def choose_pairs(
                 raise ValueError(f"the judge gives a score that is no number: {found}")
             own = found[row.get("given", 0) :]
             scores.append((float(np.mean(own)), max(own)) if own else (0.0, 0.0))
+            if max(found) - min(found) <= margin:  # no pair, so no need to look at the pictures
+                continue
             ranked = np.argsort([-score for score in found], kind="stable")
             learned = allowed(model, row)
             order = [k for k in ranked.tolist() if learned[k]]
