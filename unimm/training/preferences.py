@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,14 @@ def meaning(row: Row) -> Spec:
 
 def seen(model: UniMM, row: Row) -> list[Scene]:
     """What the checker sees in each answer of a row."""
-    pictures = model.pictures([codes_of(answer) for answer in row["answers"]])
-    scenes = look(
-        np.stack([np.asarray(p) for p in pictures]), model.sampling.get("world", "scenes")
-    )
+    return looked_at(model, tuple(tuple(codes_of(answer)) for answer in row["answers"]))
+
+
+@lru_cache(maxsize=PROMPTS_AT_ONCE)  # a judge, `allowed` and `hindsight_pairs` ask for the same
+def looked_at(model: UniMM, codes: tuple[tuple[int, ...], ...]) -> list[Scene]:
+    """What the checker sees in the pictures of these codes."""
+    pictures = np.stack([np.asarray(p) for p in model.pictures([[*c] for c in codes])])
+    scenes = look(pictures, model.sampling.get("world", "scenes"))
     assert isinstance(scenes, list)
     return scenes
 
@@ -329,10 +334,12 @@ def choose_pairs(
     """
     if margin < 0:
         raise ValueError(f"the margin is 0 or more, not {margin}")
-    pairs, scores = [], []
+    pairs, others, scores = [], [], []
     for k in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc="judging", disable=None):
         part = rows[k : k + PROMPTS_AT_ONCE]
         for row, found in zip(part, judge(model, part), strict=True):
+            if hindsight:
+                others += hindsight_pairs(model, [row], each)
             if not found:
                 continue
             if not np.isfinite(found).all():
@@ -350,8 +357,7 @@ def choose_pairs(
                     a, b = row["answers"][best], row["answers"][worst]
                     kept = {"id": row["id"], "scores": [found[best], found[worst]]}
                     pairs.append({"prompt": row["prompt"], "chosen": a, "rejected": b, **kept})
-    if hindsight:
-        pairs += hindsight_pairs(model, tqdm(rows, desc="in hindsight", disable=None), each)
+    pairs += others
     if not pairs:
         raise ValueError("the judge prefers no answer to another, so there are no preferences")
     write_lines(path, pairs)
