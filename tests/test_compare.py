@@ -3,6 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -161,6 +164,31 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(finished, tmp_path):
     compare(path, tmp_path / "out")
     assert int((tmp_path / "stop").read_text()) == left  # nothing is trained again,
     assert (tmp_path / "out/runs/wide-1.json").stat().st_mtime_ns == written_at  # nor evaluated
+
+
+def test_two_processes_share_a_study(finished, tmp_path):
+    path = written(tmp_path)
+    path.write_text(
+        path.read_text().replace(
+            "def evaluate(folder, protocol):",
+            "def evaluate(folder, protocol):\n"
+            "    import os, time; (folder / 'by').open('a').write(f'{os.getpid()} ')\n"
+            "    for _ in range(300):  # until both are at work\n"
+            "        if len(list(folder.parent.parent.glob('*/*/by'))) > 1: break\n"
+            "        time.sleep(0.1)",
+        )
+    )
+    command = [sys.executable, "-m", "unimm.cli", "compare", str(path), "-o", str(tmp_path / "out")]
+    workers = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in "ab"]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    by = [file.read_text().split() for file in (tmp_path / "out/runs").glob("*/*/by")]
+    assert len(by) == 6 and all(len(one) == 1 for one in by)  # no run twice
+    assert {int(one) for (one,) in by} == {worker.pid for worker in workers}
+    whole, shared = rows_of(finished), rows_of(tmp_path / "out")
+    for name, row in whole.items():
+        assert {k: v for k, v in shared[name].items() if "wall" not in k} == {
+            k: v for k, v in row.items() if "wall" not in k
+        }
 
 
 def test_runs_of_different_protocols_are_not_tabulated(finished, tmp_path):

@@ -11,12 +11,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import Tensor
@@ -87,25 +89,39 @@ class Study:
 def compare(study_path: str | Path, out: str | Path) -> Path:
     """Do what is left to do of the study and write its tables to `out`; returns `out`.
 
-    ValueError where runs in `out` were evaluated in another way than this study says.
+    Several processes may share the work, one a core: each takes a run that no other one is at, and
+    at the end waits for those of the others. ValueError where runs in `out` were evaluated in
+    another way than this study says.
     """
     out = Path(out)
     recipe = load_recipe(study_path)
     if not hasattr(recipe, "study"):
         raise ValueError(f"{study_path} is not a study: it has no function `study`")
-    (out / "shared").mkdir(parents=True, exist_ok=True)
-    study: Study = recipe.study(out / "shared")
+    for name in ("shared", "runs"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    with FileLock(out / "shared.lock"):
+        study: Study = recipe.study(out / "shared")
     check_terms([*read_runs(out), {"name": "this study", "terms": study.terms()}])
-    for seed in range(study.seeds):  # a seed of all variants before the next: half is comparable
-        for name in study.variants:
+    # A seed of all variants before the next, so that half a study is comparable.
+    runs = [(name, seed) for seed in range(study.seeds) for name in study.variants]
+    for wait in (False, True):
+        for name, seed in runs:
             record = out / "runs" / f"{name}-{seed}.json"
-            if not record.exists():
-                result = run_variant(study, name, seed, out / "runs" / f"{name}-{seed}")
-                part = record.with_suffix(".part")
-                part.write_text(json.dumps(result, indent=1))
-                os.replace(part, record)
-    tabulate(out)
+            lock = FileLock(record.with_suffix(".lock"), timeout=-1 if wait else 0)
+            with suppress(Timeout), lock:
+                if not record.exists():
+                    finish_run(study, name, seed, record)
+    with FileLock(out / "tables.lock"):
+        tabulate(out)
     return out
+
+
+def finish_run(study: Study, name: str, seed: int, record: Path) -> None:
+    """Train and evaluate one run, and write its record whole."""
+    result = run_variant(study, name, seed, record.with_suffix(""))
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1))
+    os.replace(part, record)
 
 
 def run_variant(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -334,7 +334,9 @@ def choose_pairs(
     """
     if margin < 0:
         raise ValueError(f"the margin is 0 or more, not {margin}")
-    pairs, others, scores = [], [], []
+    pairs: list[Row] = []
+    others: list[Row] = []
+    scores = []
     for k in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc="judging", disable=None):
         part = rows[k : k + PROMPTS_AT_ONCE]
         for row, found in zip(part, judge(model, part), strict=True):
