@@ -308,6 +308,163 @@ def test_the_command_says_what_is_wrong_with_data(files, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
+def talk(file, question):
+    return {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": file}]},
+            {"role": "assistant", "content": question},
+        ]
+    }
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_picture_is_never_on_both_sides(files, tmp_path):
+    """However many rows speak of it."""
+    asked = [(k, n) for k in range(40) for n in range(3)]
+    talks = lines(tmp_path / "m.jsonl", [talk(f"{k}.png", f"answer {n}") for k, n in asked])
+    said = [
+        {"id": f"{k}-{n}", "image": f"{k}.png", "conversations": [{"from": "gpt", "value": str(n)}]}
+        for k, n in asked
+    ]
+    (tmp_path / "l.json").write_text(json.dumps(said))
+    llava = readers.llava(RUN, str(tmp_path / "l.json"), "", keep=0.2)
+    of = lambda row: row["messages"][0]["content"][0]["image"]  # noqa: E731
+    for rows, name in (
+        (readers.messages(RUN, talks, keep=0.2), of),
+        (llava, lambda row: row["image"]),
+    ):
+        kept, rest = ({name(row) for row in part} for part in (rows.kept, rows.rows))
+        assert kept and rest and not kept & rest
+        assert len(rows.kept) == 3 * len(kept)
+
+
+def test_pictures_of_one_name_in_several_folders_are_several(tmp_path):
+    for k in range(40):
+        (tmp_path / str(k)).mkdir()
+        picture(k).save(tmp_path / f"{k}/image.png")
+        (tmp_path / f"{k}/image.txt").write_text("a dot")
+    rows = readers.folder(RUN, str(tmp_path), keep=0.2)
+    assert 2 <= len(rows.kept) <= 16
+
+
+def test_shards_as_tar_writes_them(tmp_path):
+    for k in range(3):
+        (tmp_path / f"v1.0-{k}.png").write_bytes(png(k))
+        (tmp_path / f"v1.0-{k}.txt").write_text(WORDS[k])
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for k in range(3):
+            for ending in ("png", "txt"):
+                name = f"./v1.0/{k}.{ending}"
+                tar.add(tmp_path / f"v1.0-{k}.{ending}", arcname=name)
+    rows = readers.webdataset(RUN, str(tmp_path / "*.tar"), task="describe")
+    assert sorted(content(rows[i])[1][-1] for i in range(3)) == sorted(WORDS[:3])
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="a.tar (is cut short|cannot be read)"):
+        readers.webdataset(RUN, str(shard))
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"text": None}, "text is no text, but None"),
+        ({"text": []}, "text is no text"),
+        ({"text": {"a": 1}}, "text is no text"),
+        ({"text": "  "}, "empty text"),
+    ],
+)
+def test_what_is_no_text_is_not_learned(row, reason, files):
+    path = lines(files / "odd.jsonl", [{"file": "images/0.png", **row}])
+    with pytest.raises(ValueError, match=f"0.png.*{reason}"):
+        readers.captions(RUN, path)[0]
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [("images/0.png", "is no text"), ("images/0.png,a cat, a dog", "more cells than columns")],
+)
+def test_a_csv_row_of_other_length_is_broken(line, reason, files):
+    (files / "odd.csv").write_text(f"file,text\n{line}\n", encoding="utf-8-sig")  # as Excel writes
+    with pytest.raises(ValueError, match=f"images/0.png: .*{reason}"):
+        readers.captions(RUN, f"{files}/odd.csv")[0]
+    (files / "odd.csv").write_bytes("file,text\nimages/0.png,un café".encode("latin-1"))
+    with pytest.raises(ValueError, match="odd.csv cannot be read as CSV in UTF-8"):
+        readers.captions(RUN, f"{files}/odd.csv")
+
+
+def test_answers_are_words_and_only_answers(files):
+    rows = [{"file": "images/0.png", "question": "how many?", "answer": a} for a in (2, None)]
+    asked = readers.vqa(RUN, lines(files / "n.jsonl", rows))
+    found = []
+    for i in range(2):
+        try:
+            found.append(asked[i]["messages"][1]["content"])
+        except ValueError as error:
+            assert "images/0.png: the answer is None" in str(error)
+    assert found == [[{"type": "text", "text": "2"}]]
+    turns = [{"from": who, "value": "hm"} for who in ("system", "human", "gpt")]
+    (files / "s.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
+    with pytest.raises(ValueError, match="system"):
+        readers.llava(RUN, f"{files}/s.json", f"{files}/images")[0]
+
+
+@pytest.mark.parametrize("name", ["talks.jsonl", "vqa.jsonl", "images", "s*.tar"])
+def test_options_that_say_nothing_of_such_data_are_refused(name, files):
+    with pytest.raises(ValueError, match="keep_by is not an option of"):
+        readers.own(RUN, f"{files}/{name}", keep_by="style")
+
+
+@pytest.mark.parametrize(
+    "part, reason",
+    [
+        ({"type": "text", "text": 5}, "is a string"),
+        ({"type": "image", "image": None}, "is a path"),
+        ({"type": "image", "image": ["a"]}, "is a path"),
+        ({"type": "image", "codes": [0] * 16, "view": 3}, "view holds"),
+        ({"type": "image", "codes": [0] * 15}, "16 codes, not 15"),
+        ({"type": "image", "codes": [0] * 15 + [10**6], "view": ["codes"]}, "codes are 0 to"),
+        ({"type": "image", "codes": ["a"] * 16, "view": ["codes"]}, "whole numbers"),
+    ],
+)
+def test_wrong_parts_are_said_to_be_wrong(part, reason):
+    _, processor = tiny_model()
+    words = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
+    with pytest.raises(ValueError, match=reason):
+        processor.encode([{"role": "user", "content": [part]}, words])
+
+
+def test_the_check_looks_at_all_that_a_run_would(files, tmp_path, capsys):
+    save_model(tmp_path / "tiny", *tiny_model())
+    words = ["data", "check", "train/finetune.py", f"init={tmp_path / 'tiny'}"]
+    rows = [{"file": f"images/{k % 4}.png", "text": "a", "n": str(k)} for k in range(40)]
+    kept = readers.captions(RUN, lines(files / "h.jsonl", rows), keep=0.2, keep_by="n").kept
+    for row in rows:
+        row["file"] = "images/none.png" if row in kept else row["file"]
+    path = lines(files / "h.jsonl", rows)
+    some = [f"data.mine.path={path}", "data.mine.keep=0.2", "data.mine.keep_by=n"]
+    assert main([*words, *some, "most_broken=0.01"]) == 0
+    report = capsys.readouterr().out
+    assert f"{len(kept)} x no such image" in report and f"{40 - len(kept)} of 40" in report
+    assert "stop a run (most_broken=0.01)" in report
+    path = lines(files / "u.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    assert main([*words, f"data.mine.path={path}", "data.mine.keep=0.0"]) == 0
+    assert "1 x there is nothing to learn" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_model_in_it_is_not_written_over(files, tmp_path):
+    save_model(tmp_path / "tiny", *tiny_model())
+    run = load_recipe("train/finetune.py").config
+    run = override(run, [f"data.mine.path={files}/index.jsonl", f"init={tmp_path / 'tiny'}"])
+    before = (tmp_path / "tiny/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="choose another out"):
+        train(dataclasses.replace(run, out=str(tmp_path / "tiny"), steps=1))
+    assert (tmp_path / "tiny/model.safetensors").read_bytes() == before
+
+
 def test_options_of_a_source_are_reached_by_their_short_name():
     run = load_recipe("train/finetune.py").config
     changed = override(run, ["data.mine.path=x", "data.mine.task=draw", "data.mine.weight=2"])

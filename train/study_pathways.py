@@ -1,6 +1,8 @@
 """Three ways to draw, like for like: decoupled (Janus), shared (Emu3) and a diffusion decoder.
 
-unimm train train/study_pathways.py out=runs/pathways        # 3 seeds of each, 32 px, on 2 cores
+unimm train train/study_pathways.py out=runs/pathways        # 3 seeds of each, 32 px
+
+Started once a core, with OMP_NUM_THREADS=1, the processes share the work.
 
 One text decoder, one data mixture and one budget of training FLOPs. The diffusion variant learns
 to understand with half of the budget and to draw with the other, its language model frozen. The
@@ -30,8 +32,8 @@ from unimm.training.trainer import train
 
 HERE = Path(__file__).parent
 WORLD, PIXELS = "scenes-mini", 32
-PIECES: dict[str, Any] = {"store": 8_000, "image_tokenizer": 1_200, "siglip": 200, "words": 20_000}
-FLOPS = 5e13  # of training, for each run: about 1,400 steps of "decoupled"
+PIECES: dict[str, Any] = {"store": 8_000, "image_tokenizer": 4_000, "siglip": 200, "words": 20_000}
+FLOPS = 4e13  # of training, for each run: 1,089 steps of "decoupled"
 PROTOCOL = {
     "world": WORLD,
     "n": 120,
@@ -73,7 +75,9 @@ def study(shared: Path) -> Study:
         init=str(shared / "decoupled"),
         step=next_token,
         count=scored_weight,
-        train=((r"vision\..*", None), (r".*", 1e-3)),
+        train=((r"vision\..*", None), (r".*", 2e-3)),
+        optimizer="muon",
+        compile=True,
         data=sources,
         steps=1,  # set by the budget
         batch_size=32,
@@ -88,6 +92,8 @@ def study(shared: Path) -> Study:
         "step": flow_matching,
         "count": pictures,
         "train": ((r"decoder\..*", 1e-3), (r".*", None)),
+        "optimizer": "adamw",
+        "compile": False,
         "data": {"pictures": sources["pictures"]},
         "options": {"dim": 128, "layers": 4, "heads": 4, "patch": 4},
     }
@@ -95,7 +101,7 @@ def study(shared: Path) -> Study:
         base=base,
         variants={
             "decoupled": [{}],
-            "shared": [{"init": str(shared / "shared"), "train": ((r".*", 1e-3),)}],
+            "shared": [{"init": str(shared / "shared"), "train": ((r".*", 2e-3),)}],
             "diffusion": [{"share": 0.5, "data": understanding}, draws],
         },
         budget={"flops": FLOPS},

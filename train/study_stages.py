@@ -40,7 +40,9 @@ def study(shared: Path) -> Study:
         init="",
         step=next_token,
         count=scored_weight,
-        train=((r".*", 1e-3),),
+        train=((r".*", 2e-3),),
+        optimizer="muon",
+        compile=True,
         data=sources,
         steps=1,  # set by the budget
         batch_size=32,
@@ -62,16 +64,16 @@ def study(shared: Path) -> Study:
         base=dataclasses.replace(base, init=str(begin)),
         variants={
             "three_stages": [
-                {"share": 0.1, "train": ((BRIDGE, 1e-3), (r".*", None)), "data": drawn},
+                {"share": 0.1, "train": ((BRIDGE, 2e-3), (r".*", None)), "data": drawn},
                 {
                     "share": 0.6,
-                    "train": ((r"vision\..*", None), (r".*", 1e-3)),
+                    "train": ((r"vision\..*", None), (r".*", 2e-3)),
                     "schedule": "constant",
                 },
-                {"share": 0.3, "train": ((r".*", 1e-3),), "warmup": 0},
+                {"share": 0.3, "train": ((r".*", 2e-3),), "warmup": 0},
             ],
             "one_stage": [{}],
-            "frozen_decoder": [{"train": ((BRIDGE, 1e-3), (r".*", None))}],
+            "frozen_decoder": [{"train": ((BRIDGE, 2e-3), (r".*", None))}],
         },
         budget={"flops": pathways.FLOPS},
         seeds=3,

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 PATHWAYS = load_recipe(HERE / "study_pathways.py")
 WORLD, PIXELS = PATHWAYS.WORLD, PATHWAYS.PIXELS
 STORE, WORDS = 8_000, 20_000
-FLOPS = 5e13  # of training, for each run
+FLOPS = 4e13  # of training, for each run
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "vq": {"quantizer": "vq"},
     "fsq": {"quantizer": "fsq", "levels": (8, 5, 5, 5), "code_dim": 4, "codebook_size": 1000},
@@ -58,7 +58,9 @@ def study(shared: Path) -> Study:
         "setup": setup_drawing,
         "step": next_token,
         "count": scored_weight,
-        "train": ((r".*", 1e-3),),
+        "train": ((r".*", 2e-3),),
+        "optimizer": "muon",
+        "compile": True,
         "data": {"pictures": Source(drawn, options=place)},
         "schedule": "cosine",
         "options": {"words": str(shared / "text")},

@@ -4,6 +4,7 @@ One door for files and objects, so that the command line, the demo, the readers 
 refuse the same things with the same words.
 """
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 64_000_000  # refused above it: a header may claim any size
 
 
-def open_image(source: Any) -> Image.Image:
-    """`source` (path, PIL image, or uint8 array (H, W, 3)) as an RGB image.
+def open_image(source: Any, name: str = "") -> Image.Image:
+    """`source` as an RGB image: a path, PIL image, uint8 array (H, W, 3), or the `BytesIO` of a
+    file, which errors call `name`.
 
     Transparency is laid over white, EXIF rotation applied, the first frame of an animation taken,
     16-bit grey scaled down. Raises ValueError, in one line, for anything that is not a picture.
@@ -28,15 +30,16 @@ def open_image(source: Any) -> Image.Image:
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _upright_rgb(source)
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"no such image: {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not an image")
+    path: Any = name if isinstance(source, io.BytesIO) else Path(source)
+    if isinstance(path, Path):
+        if not path.exists():
+            raise ValueError(f"no such image: {path}")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not an image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(source) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(
                         f"{path} claims {picture.width} x {picture.height} pixels, "
@@ -48,7 +51,8 @@ def open_image(source: Any) -> Image.Image:
     except ValueError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for a broken file
-        reason = "empty file" if path.stat().st_size == 0 else str(error) or type(error).__name__
+        empty = isinstance(path, Path) and path.stat().st_size == 0
+        reason = "empty file" if empty else str(error) or type(error).__name__
         raise ValueError(f"{path} cannot be read as an image: {reason}") from None
 
 

@@ -99,7 +99,7 @@ class Mixture:
                     break
         raise ValueError(
             f"{self.broken[name]} of {self.seen[name]} samples of the source {name!r} are broken; "
-            f"the last one: {reason}"
+            f"the last one: {reason} (most_broken={self.most_broken} is the share that may be)"
         )
 
 

@@ -17,6 +17,7 @@ from unimm.data.images import open_image
 from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import CODE, PATCH, TEXT, Batch, SeenImage
 
+PICTURES = (str, Path, Image.Image, np.ndarray)  # what an image may be given as
 Message = dict[str, Any]
 Pieces = tuple[int | str, ...]  # ids, and text to tokenize
 
@@ -321,13 +322,27 @@ class Processor:
             slots.text([t.begin_image], scored=scored and way == "codes")
             if way == "codes":
                 codes = part.get("codes")
-                slots.codes(self.codes(part["image"]) if codes is None else codes, scored)
+                codes = self.codes(part["image"]) if codes is None else self.checked_codes(codes)
+                slots.codes(codes, scored)
             elif way == "patches":
                 image = part["image"] if "image" in part else self._decoded(part["codes"])
                 slots.patches(self.seen_pixels(image), self.seen_tokens)
             else:
                 raise ValueError(f"an image's view holds 'patches' and 'codes', not {way!r}")
             slots.text([t.end_image], scored=scored and way == "codes")
+
+    def checked_codes(self, codes: Sequence[int]) -> np.ndarray:
+        """The codes of a picture, (gh * gw,) int64; ValueError for others than there are."""
+        given = np.asarray(codes)
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            raise ValueError(f"codes are a list of whole numbers, not {str(codes)[:80]!r}")
+        if self.image_tokenizer is not None:
+            if len(given) != self.codes_per_image:
+                raise ValueError(f"a picture has {self.codes_per_image} codes, not {len(given)}")
+            most = self.image_tokenizer.config.codebook_size
+            if given.min() < 0 or given.max() >= most:
+                raise ValueError(f"codes are 0 to {most - 1}, not {given.min()} to {given.max()}")
+        return given.astype(np.int64)
 
     def _decoded(self, codes: Sequence[int]) -> Image.Image:
         if len(codes) != self.codes_per_image:
@@ -423,6 +438,13 @@ def checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
                 "a content part is {'type': 'text', 'text': ...} or "
                 f"{{'type': 'image', 'image': ...}}, not {str(part)[:80]!r}"
             )
+        if kind == "text" and not isinstance(part["text"], str):
+            raise ValueError(f"the text of a part is a string, not {part['text']!r}")
+        if "image" in part and not isinstance(part["image"], PICTURES):
+            raise ValueError(f"an image is a path, a picture or an array, not {part['image']!r}")
+        view = part.get("view") or []
+        if not isinstance(view, list | tuple) or not {*map(str, view)} <= {"patches", "codes"}:
+            raise ValueError(f"an image's view holds 'patches' and 'codes', not {view!r}")
     return role, list(content)
 
 

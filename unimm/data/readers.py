@@ -7,6 +7,7 @@ give those.
 """
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -72,7 +73,7 @@ def divided(
     def out(row: Any) -> bool:
         try:
             return _unit(key(row)) < keep
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             return False  # a broken row, which is named when it is asked for
 
     held = [out(row) for row in rows]
@@ -101,17 +102,29 @@ def own(
         raise ValueError(
             "say where the data is: data.mine.path=INDEX.jsonl (or a folder, or *.tar)"
         )
+    of_index = {"image": image != "file", "text": text != "text", "keep_by": bool(keep_by)}
     if Path(path).is_dir():
+        refuse(of_index, "a folder")
         return folder(run, path, task, keep, codes)
     if path.endswith(".tar"):
+        refuse(of_index, "tar shards")
         return webdataset(run, path, task, keep, codes)
     if path.endswith(".jsonl"):
         first = next((row for row in read_jsonl(path) if "broken" not in row), {})
+        of_captions = {**of_index, "task": task != "both", "codes": bool(codes)}
         if "messages" in first:
+            refuse(of_captions, "messages")
             return messages(run, path, keep)
         if "question" in first and "answer" in first:
+            refuse(of_captions, "questions")
             return vqa(run, path, keep=keep)
     return captions(run, path, image, text, task, keep, keep_by, codes)
+
+
+def refuse(given: dict[str, bool], what: str) -> None:
+    """ValueError for options that were given and say nothing of such data."""
+    for name in (name for name, there in given.items() if there):
+        raise ValueError(f"{name} is not an option of {what}: it is of an index with captions")
 
 
 def messages(run: Any, path: str, keep: float = 0.0) -> Rows:
@@ -123,7 +136,7 @@ def messages(run: Any, path: str, keep: float = 0.0) -> Rows:
             raise ValueError('a row is {"messages": [...]}')
         return {"messages": [_placed(message, folder) for message in row["messages"]]}
 
-    return divided(run, read_jsonl(path), make, keep, json.dumps, path)
+    return divided(run, read_jsonl(path), make, keep, _pictures_of, path)
 
 
 def captions(
@@ -157,6 +170,11 @@ def captions(
             for name, value in row.items()
         }
         name = str(row[image])
+        if None in row:  # as csv has it
+            raise ValueError(f"{name}: there are more cells than columns")
+        for column in re.findall(r"{(\w+)}", form):
+            if not isinstance(said[column], str | int | float):
+                raise ValueError(f"{name}: {column} is no text, but {said[column]!r}")
         return pictured(coded(folder / name, name, known), form.format(**said), task, rng)
 
     return divided(run, rows, make, keep, lambda row: str(row[keep_by or image]), path)
@@ -175,7 +193,7 @@ def folder(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: st
         words, record = picture.with_suffix(".txt"), picture.with_suffix(".json")
         shown = coded(picture, picture.relative_to(path).as_posix(), known)
         if words.exists():
-            return pictured(shown, words.read_text(encoding="utf-8"), task, rng)
+            return pictured(shown, decoded(words.read_bytes(), words), task, rng)
         if not record.exists():
             raise ValueError(f"{picture} has no text: neither {words.name} nor {record.name}")
         row = json.loads(record.read_text(encoding="utf-8"))
@@ -183,7 +201,10 @@ def folder(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: st
             return {"messages": [_placed(m, picture.parent) for m in row["messages"]]}
         return pictured(shown, row["text"], task, rng)
 
-    return divided(run, pictures, make, keep, lambda p: p.stem, path)
+    def key(picture: Path) -> str:
+        return picture.relative_to(path).with_suffix("").as_posix()
+
+    return divided(run, pictures, make, keep, key, path)
 
 
 def coco(run: Any, path: str, images: str, task: str = "describe", keep: float = 0.0) -> Rows:
@@ -220,8 +241,11 @@ def vqa(run: Any, path: str, images: str = "", annotations: str = "", keep: floa
         rows = read_jsonl(path)
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
-        talk = [user({"image": str(root / row["file"])}, row["question"]), assistant(row["answer"])]
-        return {"messages": talk}
+        for part in ("question", "answer"):
+            if not isinstance(row[part], str | int | float):
+                raise ValueError(f"{row['file']}: the {part} is {row[part]!r}")
+        shown = user({"image": str(root / row["file"])}, str(row["question"]))
+        return {"messages": [shown, assistant(str(row["answer"]))]}
 
     return divided(run, rows, make, keep, lambda row: str(row["file"]), path)
 
@@ -236,10 +260,10 @@ def llava(run: Any, path: str, images: str, keep: float = 0.0) -> Rows:
             parts = [words] if words else []
             if "<image>" in turn["value"]:
                 parts.insert(0, {"image": str(Path(images) / row["image"])})
-            talk.append((user if turn["from"] == "human" else assistant)(*parts))
+            talk.append({"human": user, "gpt": assistant}[turn["from"]](*parts))
         return {"messages": talk}
 
-    return divided(run, read_json(path), make, keep, lambda row: str(row.get("id", row)), path)
+    return divided(run, read_json(path), make, keep, lambda row: str(row.get("image", row)), path)
 
 
 def webdataset(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: str = "") -> Rows:
@@ -252,13 +276,15 @@ def webdataset(run: Any, path: str, task: str = "both", keep: float = 0.0, codes
     def make(row: dict[str, tuple[Path, int, int]], rng: np.random.Generator) -> dict[str, Any]:
         name = next((n for n in row if f".{n}" in PICTURES), None)
         if name is None or not ("txt" in row or "json" in row):
-            raise ValueError("a sample of a shard has a picture and a .txt or .json")
+            raise ValueError(f"{key(row)}: a sample has a picture and a .txt or .json")
         picture = coded(row[name], place_name(row[name]), known)
-        if not isinstance(picture, dict) or task != "draw":
+        if isinstance(picture, dict) and task == "draw":
+            picture = {"codes": picture["codes"]}  # and the picture stays in its shard
+        else:
             opened = open_member(row[name])
             picture = {**picture, "image": opened} if isinstance(picture, dict) else opened
         if "txt" in row:
-            return pictured(picture, _read(row["txt"]).decode(), task, rng)
+            return pictured(picture, decoded(_read(row["txt"]), key(row)), task, rng)
         record = json.loads(_read(row["json"]))
         return pictured(picture, record.get("text") or record["caption"], task, rng)
 
@@ -342,8 +368,7 @@ def pictures_below(path: str) -> list[Path]:
 
 def samples_of(path: str) -> list[dict[str, tuple[Path, int, int]]]:
     """The samples of all tar shards that match a glob."""
-    where = Path(path)
-    shards = sorted(where.parent.glob(where.name))
+    shards = sorted(Path(found) for found in glob.glob(path))
     if not shards:
         raise ValueError(f"no shard matches {path}")
     return [row for shard in shards for row in _members(shard)]
@@ -354,20 +379,20 @@ def place_name(place: tuple[Path, int, int]) -> str:
 
 
 def open_member(place: tuple[Path, int, int]) -> Image.Image:
-    picture = Image.open(io.BytesIO(_read(place)))
-    picture.load()
-    return picture
+    return open_image(io.BytesIO(_read(place)), name=place_name(place))
 
 
 def pictured(picture: Any, text: str, task: str, rng: np.random.Generator) -> dict[str, Any]:
     """A picture and its text as a conversation: to draw it, or to describe it."""
     if task not in TASKS:
         raise ValueError(f"task is one of {', '.join(TASKS)}, not {task!r}")
+    if not isinstance(text, str | int | float):
+        raise ValueError(f"{picture} has no text, but {text!r}")
     text = " ".join(str(text).split())
     if not text:
         raise ValueError(f"{picture} has an empty text")
     part = picture if isinstance(picture, dict) else {"image": picture}
-    if isinstance(part["image"], Path):
+    if isinstance(part.get("image"), Path):
         part = {**part, "image": str(part["image"])}
     if task == "draw" or (task == "both" and rng.random() < 0.5):
         return {"messages": [user(text), assistant(part)]}
@@ -375,12 +400,23 @@ def pictured(picture: Any, text: str, task: str, rng: np.random.Generator) -> di
     return {"messages": [user(part, ask), assistant(text)]}
 
 
+def decoded(text: bytes, where: Any) -> str:
+    """UTF-8, with or without a mark of it."""
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8: {error}") from None
+
+
 def read_table(path: str) -> list[Row]:
     """Rows of a .jsonl, .csv or .parquet file."""
     ending = Path(path).suffix.lower()
     if ending == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as CSV in UTF-8: {error}") from None
     if ending == ".parquet":
         try:
             import pyarrow.parquet as parquet
@@ -397,13 +433,15 @@ def read_jsonl(path: str) -> list[Row]:
     if not Path(path).is_file():
         raise ValueError(f"no such file: {path}")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(decoded(line, f"line {number}"))
                 except json.JSONDecodeError as error:
                     row = {"broken": f"line {number} is not JSON: {error}"}
+                except ValueError as error:
+                    row = {"broken": str(error)}
                 rows.append(row if isinstance(row, dict) else {"broken": f"line {number}: {row!r}"})
     return rows
 
@@ -426,7 +464,11 @@ def _members(shard: Path) -> Iterator[dict[str, tuple[Path, int, int]]]:
             for member in tar:
                 if not member.isfile():
                     continue
-                stem, _, ending = member.name.partition(".")
+                folder, _, base = member.name.rpartition("/")
+                stem, _, ending = base.partition(".")
+                stem = f"{folder}/{stem}"
+                if member.offset_data + member.size > shard.stat().st_size:
+                    raise ValueError(f"{shard} is cut short within {member.name}")
                 if stem != name and sample:
                     yield sample
                     sample = {}
@@ -456,6 +498,18 @@ def _placed(message: Row, folder: Path) -> Row:
         for part in message["content"]
     ]
     return {**message, "content": content}
+
+
+def _pictures_of(row: Row) -> str:
+    """What tells a row of messages from others: its pictures; itself where it has none."""
+    parts = [
+        part
+        for message in row["messages"]
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    ]
+    shown = [str(part["image"]) for part in parts if isinstance(part, dict) and "image" in part]
+    return "\n".join(shown) or json.dumps(row)
 
 
 def _unit(text: str) -> float:

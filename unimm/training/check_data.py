@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from unimm.config import Run
 from unimm.data.images import open_image
 from unimm.data.processor import Message
-from unimm.training.next_token import open_init
+from unimm.data.sources import VALIDATION
+from unimm.training.next_token import learnable, open_init
 
 CELL, COLUMNS, SHOWN = 160, 6, 36  # the contact sheet: side of a cell, cells
 
@@ -30,18 +31,21 @@ def check_data(run: Run, most: int, sheet: Path | None = None) -> str:
         count = most if total is None else min(most, total)
         lengths: list[int] = []
         wrong: Counter[str] = Counter()
-        for i in range(count):
+        kept = len(getattr(rows, "kept", ()))
+        places = [*range(count), *(VALIDATION + i for i in range(min(kept, most)))]
+        for i in places:
             try:
                 talk = conversation(rows[i])
-                lengths.append(len(processor.encode(talk)))
+                lengths.append(len(learnable(processor, talk)))
+                if len(cells) < SHOWN:
+                    cells += list(_shown(talk))[: SHOWN - len(cells)]
             except (ValueError, OSError) as error:
                 wrong[" ".join(str(error).split())] += 1
-                continue
-            if len(cells) < SHOWN:
-                cells += list(_shown(talk))[: SHOWN - len(cells)]
-        kept = len(getattr(rows, "kept", ()))
         size = "any number of rows" if total is None else f"{total} rows, {kept} held out"
-        lines.append(f"{name}: {size}; {len(lengths)} of {count} looked at are good")
+        bad = sum(wrong.values())
+        lines.append(f"{name}: {size}; {len(places) - bad} of {len(places)} looked at are good")
+        if bad > run.most_broken * max(100, len(places)):
+            lines.append(f"  so many broken ones stop a run (most_broken={run.most_broken})")
         if lengths:
             spread = np.percentile(lengths, (0, 50, 100)).astype(int)
             lines.append(f"  slots: {spread[0]} to {spread[2]}, median {spread[1]}")
@@ -68,7 +72,9 @@ def contact_sheet(cells: list[tuple[Image.Image | None, str]]) -> Image.Image:
     for k, (picture, words) in enumerate(cells):
         left, top = k % COLUMNS * CELL, k // COLUMNS * (CELL + 40)
         if picture is not None:
-            page.paste(ImageOps.contain(picture, (CELL - 8, CELL - 8)), (left + 4, top + 4))
+            scale = (CELL - 8) / max(picture.size)
+            width, height = (max(1, round(side * scale)) for side in picture.size)
+            page.paste(picture.resize((width, height)), (left + 4, top + 4))
         for line in range(2):
             pen.text((left + 4, top + CELL + 18 * line), words[line * 25 : line * 25 + 25], "black")
     return page

@@ -105,7 +105,7 @@ def unified_parts(
             layer.compile(dynamic=True)
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Sample:
-        return drop_prompt(processor.encode(item["messages"]), processor, run.drop_prompt, rng)
+        return drop_prompt(learnable(processor, item["messages"]), processor, run.drop_prompt, rng)
 
     def preview(folder: Path, step: int) -> dict[str, float]:
         prompts, found = run.options.get("prompts"), {}
@@ -139,6 +139,14 @@ def unified_parts(
         len,
         pack=lambda rows: collate_packed(rows, processor),
     )
+
+
+def learnable(processor: Processor, messages: list[Any]) -> Sample:
+    """The sample of a conversation; ValueError where nothing in it is scored."""
+    sample = processor.encode(messages)
+    if not sample.score.any():
+        raise ValueError("there is nothing to learn: no assistant's turn")
+    return sample
 
 
 def held_out_nats(

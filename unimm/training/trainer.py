@@ -265,11 +265,14 @@ class Signal:
 def check_same_run(out: Path, run: Run) -> None:
     """Refuse to go on with, or to take for finished, what another run has begun in `out`."""
     if not (out / "run.json").exists():
+        if (out / "model.safetensors").exists():
+            raise ValueError(f"{out} holds a model that no run has left there: choose another out")
         return
     unset = dataclasses.replace(run, **defaults_of(Run)).record()  # of fields newer than run.json
     there = {**unset, **json.loads((out / "run.json").read_text())}
     there, here = (json.loads(json.dumps(record)) for record in (there, run.record()))
     free = {"out", "log_every", "preview_every", "save_every", "tensorboard", "shard", "recompute"}
+    free.add("most_broken")  # so that a run that stopped by it can go on
     free |= set() if (out / "done").exists() else {"steps"}
     for key in sorted(set(here) - free):
         if there.get(key) != here[key]:
