@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import tiny_model
+from safetensors.torch import load_file, save_file
 from test_readers import files  # noqa: F401 (a fixture)
 
 from unimm.checkpoints.native import load_model, save_model
@@ -66,6 +67,18 @@ def test_what_cannot_be_read_is_left_out_and_named(files, model, capsys):  # noq
     assert "1.png: " in said and "3 of 4 pictures" in said
     known = CodeShards(out, made_by(model))
     assert "0.png" in known and "1.png" not in known and known["0.png"].shape == (16,)
+
+
+def test_codes_are_of_the_tokenizer_not_of_the_file_it_is_in(model, tmp_path):
+    weights = load_file(model / "image_tokenizer.safetensors")
+    rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    other = {name: tensor + 0.5 for name, tensor in weights.items()}
+    names = []
+    for k, one in enumerate((rounded, {n: t.float() for n, t in rounded.items()}, other)):
+        (tmp_path / str(k)).mkdir()
+        save_file(one, tmp_path / f"{k}/image_tokenizer.safetensors")
+        names.append(made_by(tmp_path / str(k)))
+    assert names[0] == names[1] != names[2] and len(names[0]) == 8
 
 
 def test_a_kill_leaves_no_half_shard(files, model, monkeypatch):  # noqa: F811

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 from types import SimpleNamespace
 
@@ -12,13 +13,14 @@ import pytest
 from conftest import tiny_model
 from PIL import Image
 
+from unimm import UniMM
 from unimm.checkpoints.native import save_model
 from unimm.cli import main
-from unimm.config import load_recipe, override
+from unimm.config import Source, load_recipe, override
 from unimm.data import readers
 from unimm.data.mixture import Mixture
 from unimm.data.sources import VALIDATION
-from unimm.training.trainer import train
+from unimm.training.trainer import mixing_weights, train
 
 RUN = SimpleNamespace(seed=3)
 WORDS = ["a red dot", "a blue dot", "two green dots", "a black line"]
@@ -463,6 +465,51 @@ def test_a_folder_with_a_model_in_it_is_not_written_over(files, tmp_path):
     with pytest.raises(ValueError, match="choose another out"):
         train(dataclasses.replace(run, out=str(tmp_path / "tiny"), steps=1))
     assert (tmp_path / "tiny/model.safetensors").read_bytes() == before
+
+
+def test_an_image_tokenizer_of_own_pictures_takes_the_place_of_a_models_own(files, tmp_path):
+    run = load_recipe("tokenizers/train_own_image.py").config
+    small = ["image_size=16", "multipliers=(1,2)", "base_channels=8", "z_channels=8"]
+    words = [f"options.{word}" for word in [*small, "codebook_size=32", "code_dim=8"]]
+    words += ["steps=2", "batch_size=2", "preview_every=2", "precision=float32", "log_every=1"]
+    words += [f"data.mine.path={files}/index.jsonl", f"out={tmp_path / 'own'}"]
+    out = train(override(run, words))
+    assert (out / "preview-000002.png").exists()
+    rows = readers.pictures(override(run, words), f"{files}/index.jsonl", keep=0.5)
+    assert rows[0].shape == (16, 16, 3) and rows[0].dtype == np.uint8
+    first = {rows[i].tobytes() for i in range(len(rows))}
+    assert not first & {rows[VALIDATION + i].tobytes() for i in range(len(rows.kept))}
+    save_model(tmp_path / "tiny", *tiny_model())
+    before = UniMM.from_pretrained(tmp_path / "tiny").processor.codes(picture(0))
+    for name in ("json", "safetensors"):
+        shutil.copy(out / f"image_tokenizer.{name}", tmp_path / "tiny")
+    run = load_recipe("train/finetune.py").config
+    words = [f"data.mine.path={files}/index.jsonl", f"init={tmp_path / 'tiny'}", "steps=1"]
+    made = UniMM.from_pretrained(train(override(run, [*words, f"out={tmp_path / 'mine'}"])))
+    assert (made.processor.codes(picture(0)) != before).any()
+    assert made.generate("a red dot", seed=0).size == (16, 16)
+
+
+def test_sources_are_mixed_by_the_roots_of_their_sizes(files):
+    run = load_recipe("train/finetune.py").config
+    path = {"path": lines(files / "a.jsonl", [{"file": "images/0.png", "text": "a"}] * 36)}
+    four = {"path": f"{files}/index.jsonl"}
+    mine = {
+        "large": Source(readers.own, options=path),
+        "small": Source(readers.own, weight=2.0, options=four),
+    }
+    run = dataclasses.replace(run, data=mine, mixing="sqrt")
+    sources = {name: source.make(run, **source.options) for name, source in mine.items()}
+    assert mixing_weights(run, sources) == {"large": 6.0, "small": 4.0}
+    run = dataclasses.replace(run, mixing="weights")
+    assert mixing_weights(run, sources) == {"large": 1.0, "small": 2.0}
+    with pytest.raises(ValueError, match="mixing is"):
+        mixing_weights(dataclasses.replace(run, mixing="root"), sources)
+    with pytest.raises(ValueError, match="'endless' has no size"):
+        mixing_weights(
+            dataclasses.replace(run, mixing="sqrt", data={"endless": mine["large"]}),
+            {"endless": iter(())},
+        )
 
 
 def test_options_of_a_source_are_reached_by_their_short_name():

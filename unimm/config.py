@@ -83,6 +83,9 @@ class Run:
     lora: int = 0  # rank of adapters that learn in place of the matrices which `train` names
     lora_base: str = "float"  # or "int8": the decoder's linear layers, frozen, under the adapters
     lora_merge: bool = True  # into the weights at the end; or apart, in files of their own
+    mixing: str = (
+        "weights"  # or "sqrt": each weight times the root of its source's size (InstructBLIP)
+    )
     drop_prompt: float = 0.1  # share of drawing samples that get the unguided prompt
     most_broken: float = 0.05  # a source of which a larger share cannot be read stops the run
     kind_weights: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "code": 1.0})

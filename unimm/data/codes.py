@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from unimm.data.processor import Processor
@@ -60,14 +60,19 @@ class CodeShards:
 
 
 def made_by(folder: str | Path) -> str:
-    """A name for the image tokenizer of a model folder; "" where it is not in a file of its own."""
+    """A name for the image tokenizer of a model folder; "" where it is not in a file of its own.
+
+    It follows from the names and values of the weights: the same ones in bfloat16 and in float32
+    have one name.
+    """
     path = Path(folder) / "image_tokenizer.safetensors"
     if not path.is_file():
         return ""
-    with path.open("rb") as file:
-        crc = 0
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
+    crc = 0
+    for name, tensor in sorted(load_file(path).items()):
+        crc = zlib.crc32(
+            tensor.float().contiguous().numpy().tobytes(), zlib.crc32(name.encode(), crc)
+        )
     return f"{crc:08x}"
 
 

@@ -240,17 +240,7 @@ class Processor:
 
     def drawn_pixels(self, image: Any) -> torch.Tensor:
         """(3, s, s) in [-1, 1]: the short side to s, cropped to the centre (Janus-Pro)."""
-        picture = open_image(image)
-        side = self.drawn_size
-        scale = side / min(picture.size)
-        size = tuple(max(side, round(edge * scale)) for edge in picture.size)
-        left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        cut = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
-        if picture.size != (side, side):
-            picture = picture.resize(
-                (side, side), Image.Resampling.BICUBIC, box=_within(cut, picture)
-            )
-        return to_unit(np.asarray(picture))
+        return to_unit(np.asarray(cropped(open_image(image), self.drawn_size)))
 
     def codes(self, image: Any) -> np.ndarray:
         """The codes of a picture as drawn, (gh * gw,) int64."""
@@ -462,6 +452,17 @@ def _joined(pieces: list[Any]) -> list[Any]:
         elif piece != "":
             joined.append(piece)
     return joined
+
+
+def cropped(picture: Image.Image, side: int) -> Image.Image:
+    """The short side to `side`, then the square in the centre."""
+    if picture.size == (side, side):
+        return picture
+    scale = side / min(picture.size)
+    size = tuple(max(side, round(edge * scale)) for edge in picture.size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    cut = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
+    return picture.resize((side, side), Image.Resampling.BICUBIC, box=_within(cut, picture))
 
 
 def resized(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:

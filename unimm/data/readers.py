@@ -25,7 +25,7 @@ from PIL import Image
 from unimm.checkpoints.native import BUNDLED
 from unimm.data.codes import CodeShards, made_by
 from unimm.data.images import open_image
-from unimm.data.processor import assistant, user
+from unimm.data.processor import assistant, cropped, user
 from unimm.data.sources import ASK_CAPTION, VALIDATION
 
 Row = dict[str, Any]
@@ -38,14 +38,14 @@ class Rows:
     """Rows and what makes a sample of one. `kept` are held out of training."""
 
     rows: list[Any]
-    make: Callable[[Any, np.random.Generator], dict[str, Any]]
+    make: Callable[[Any, np.random.Generator], Any]
     seed: int
     kept: list[Any]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Any:
         rows, i = (self.rows, i) if i < VALIDATION else (self.kept, i - VALIDATION)
         turn, place = divmod(i, len(rows))
         order = np.random.default_rng((self.seed, 21, turn)).permutation(len(rows))
@@ -61,7 +61,7 @@ class Rows:
 def divided(
     run: Any,
     rows: list[Any],
-    make: Callable[[Any, np.random.Generator], dict[str, Any]],
+    make: Callable[[Any, np.random.Generator], Any],
     keep: float,
     key: Callable[[Any], str],
     what: str | Path,
@@ -319,6 +319,21 @@ def huggingface(
         return pictured(row[image], row[text], task, rng)
 
     return divided(run, list(range(len(data))), make, keep, str, path)
+
+
+def pictures(run: Any, path: str, image: str = "file", keep: float = 0.1) -> Rows:
+    """For an image tokenizer: the pictures of a folder, an index or tar shards, uint8 (s, s, 3).
+
+    s is the run's `options.image_size`. Where nothing is held out, validation sees what training
+    does.
+    """
+
+    def make(named: tuple[str, Callable[[], Any]], rng: np.random.Generator) -> Any:
+        return np.asarray(cropped(named[1](), run.options["image_size"]))
+
+    rows = divided(run, list_pictures(path, image), make, keep, lambda named: named[0], path)
+    rows.kept = rows.kept or rows.rows
+    return rows
 
 
 # ---------------------------------------------------------------------------- parts of readers

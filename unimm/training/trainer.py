@@ -191,9 +191,10 @@ def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None) -> Mix
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    sources = {name: source.make(run, **source.options) for name, source in run.data.items()}
     mixture = Mixture(
-        {name: source.make(run, **source.options) for name, source in run.data.items()},
-        {name: source.weight for name, source in run.data.items()},
+        sources,
+        mixing_weights(run, sources),
         run.seed,
         parts.prepare,
         None if progress is None else note,
@@ -204,6 +205,19 @@ def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None) -> Mix
     elif progress:
         mixture.skip(progress["step"] * run.batch_size)
     return mixture
+
+
+def mixing_weights(run: Run, sources: dict[str, Any]) -> dict[str, float]:
+    """The weights of the recipe, or these times the square roots of the sources' sizes
+    (InstructBLIP, arXiv 2305.06500, section 2.3). ValueError where a size is unknown."""
+    if run.mixing not in ("weights", "sqrt"):
+        raise ValueError(f"mixing is 'weights' or 'sqrt', not {run.mixing!r}")
+    weights = {name: source.weight for name, source in run.data.items()}
+    if run.mixing == "weights":
+        return weights
+    for name in (name for name, source in sources.items() if not hasattr(source, "__len__")):
+        raise ValueError(f"mixing=sqrt: the source {name!r} has no size")
+    return {name: weight * len(sources[name]) ** 0.5 for name, weight in weights.items()}
 
 
 def cut(drawn: list[tuple[Origin, Any]], parts: Parts, run: Run) -> list[Piece]:
