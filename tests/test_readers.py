@@ -414,6 +414,18 @@ def test_answers_are_words_and_only_answers(files):
         readers.llava(RUN, f"{files}/s.json", f"{files}/images")[0]
 
 
+def test_files_that_are_something_else_are_said_to_be(files):
+    with pytest.raises(ValueError, match="vqa.jsonl is not valid JSON"):
+        readers.coco(RUN, f"{files}/vqa.jsonl", "")
+    with pytest.raises(ValueError, match="none of COCO's"):
+        readers.coco(RUN, f"{files}/llava.json", "")
+    (files / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match="empty.csv holds no row"):
+        readers.captions(RUN, f"{files}/empty.csv")
+    with pytest.raises(ValueError, match="a role and a content, and this is 'hi'"):
+        tiny_model()[1].encode(["hi"])
+
+
 @pytest.mark.parametrize("name", ["talks.jsonl", "vqa.jsonl", "images", "s*.tar"])
 def test_options_that_say_nothing_of_such_data_are_refused(name, files):
     with pytest.raises(ValueError, match="keep_by is not an option of"):

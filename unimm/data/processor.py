@@ -413,6 +413,8 @@ def _message(role: str, content: Sequence[Any]) -> Message:
 
 def checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
     """Role and content parts of a message; a ValueError says what is wrong with it."""
+    if not isinstance(message, dict):
+        raise ValueError(f"a message has a role and a content, and this is {str(message)[:80]!r}")
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant"):
         raise ValueError(f"a message's role is 'user' or 'assistant', not {role!r}")

@@ -156,6 +156,8 @@ def captions(
     turns, "both". keep_by: a column whose values are held out whole (by default rows are).
     """
     folder, rows = Path(path).parent, read_table(path)
+    if not rows:
+        raise ValueError(f"{path} holds no row")
     form = text if "{" in text else "{" + text + "}"
     needed = [image, *re.findall(r"{(\w+)}", form), *filter(None, [keep_by])]
     columns = next((row for row in rows if "broken" not in row), {})
@@ -210,6 +212,8 @@ def folder(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: st
 def coco(run: Any, path: str, images: str, task: str = "describe", keep: float = 0.0) -> Rows:
     """COCO captions: `path` is captions_*.json, `images` the folder of the pictures."""
     data = read_json(path)
+    if not isinstance(data, dict) or not {"images", "annotations"} <= data.keys():
+        raise ValueError(f"{path} is none of COCO's files of captions")
     files = {record["id"]: record["file_name"] for record in data["images"]}
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
