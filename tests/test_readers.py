@@ -440,8 +440,8 @@ def test_options_that_say_nothing_of_such_data_are_refused(name, files):
         ({"type": "image", "image": ["a"]}, "is a path"),
         ({"type": "image", "codes": [0] * 16, "view": 3}, "view holds"),
         ({"type": "image", "codes": [0] * 15}, "16 codes, not 15"),
-        ({"type": "image", "codes": [0] * 15 + [10**6], "view": ["codes"]}, "codes are 0 to"),
-        ({"type": "image", "codes": ["a"] * 16, "view": ["codes"]}, "whole numbers"),
+        ({"type": "image", "codes": [0] * 15 + [10**6]}, "codes are 0 to"),
+        ({"type": "image", "codes": ["a"] * 16}, "whole numbers"),
     ],
 )
 def test_wrong_parts_are_said_to_be_wrong(part, reason):

@@ -314,11 +314,9 @@ class Processor:
                 codes = part.get("codes")
                 codes = self.codes(part["image"]) if codes is None else self.checked_codes(codes)
                 slots.codes(codes, scored)
-            elif way == "patches":
+            else:
                 image = part["image"] if "image" in part else self._decoded(part["codes"])
                 slots.patches(self.seen_pixels(image), self.seen_tokens)
-            else:
-                raise ValueError(f"an image's view holds 'patches' and 'codes', not {way!r}")
             slots.text([t.end_image], scored=scored and way == "codes")
 
     def checked_codes(self, codes: Sequence[int]) -> np.ndarray:
@@ -335,9 +333,7 @@ class Processor:
         return given.astype(np.int64)
 
     def _decoded(self, codes: Sequence[int]) -> Image.Image:
-        if len(codes) != self.codes_per_image:
-            raise ValueError(f"a picture has {self.codes_per_image} codes, not {len(codes)}")
-        return to_picture(self.pixels([[int(code) for code in codes]])[0])
+        return to_picture(self.pixels([self.checked_codes(codes).tolist()])[0])
 
 
 class Slots:
