@@ -536,4 +536,4 @@ def test_options_of_a_source_are_reached_by_their_short_name():
 
 def _defaults_of_own():
     names = {"image": "file", "text": "text", "task": "both", "keep_by": "", "codes": ""}
-    return {**names, "keep": 0.1}
+    return {**names, "keep": 0.1, "stream": False}

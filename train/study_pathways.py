@@ -36,7 +36,7 @@ PIECES: dict[str, Any] = {"store": 8_000, "image_tokenizer": 4_000, "siglip": 20
 FLOPS = 4e13  # of training, for each run: 1,089 steps of "decoupled"
 PROTOCOL = {
     "world": WORLD,
-    "n": 120,
+    "n": 300,
     "seed": 1000,
     "guidance": 2.0,
     "diffusion_guidance": 2.0,

@@ -18,7 +18,7 @@ TRIES, STRIDE = 20, 10_000_019  # a broken row's place is taken by the one STRID
 class Mixture:
     """Draws samples from named sources.
 
-    sources: name -> object with `[i]`. weights: name -> share (need not sum to 1).
+    sources: name -> object with `[i]`, or a `Stream`. weights: name -> share (any sum).
     prepare(item, rng): what turns an item into a sample, with a generator that depends on
     (seed, position in the stream) alone. A row that raises ValueError or OSError is left out and
     told to note(name, reason); a source of which more than `most_broken` is, stops the run.
@@ -73,13 +73,21 @@ class Mixture:
     def state(self) -> dict[str, Any]:
         """The cursor, JSON-able: a mixture that is given it with `restore` goes on from there."""
         counters = {"taken": self.taken, "seen": self.seen, "broken": self.broken}
-        return {"position": self.position, **{k: dict(v) for k, v in counters.items()}}
+        streams = {name: self.sources[name].state() for name in self._streams()}
+        counts = {name: dict(count) for name, count in counters.items()}
+        return {"position": self.position, **counts, "streams": streams}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
         self.taken, self.seen, self.broken = (
             dict(state[name]) for name in ("taken", "seen", "broken")
         )
+        for name in self._streams():
+            self.sources[name].restore(state["streams"][name])
+
+    def _streams(self) -> list[str]:
+        """The sources that are read in one direction, and know where they stand."""
+        return [name for name in self.taken if hasattr(self.sources[name], "restore")]
 
     def _sample(self, name: str, index: int, position: int) -> tuple[tuple[str, int], Any]:
         for attempt in range(TRIES):

@@ -9,24 +9,22 @@ give those.
 import csv
 import glob
 import hashlib
-import io
 import json
 import re
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from unimm.checkpoints.native import BUNDLED
 from unimm.data.codes import CodeShards, made_by
 from unimm.data.images import open_image
 from unimm.data.processor import assistant, cropped, user
 from unimm.data.sources import ASK_CAPTION, VALIDATION
+from unimm.data.streams import Stream, TarSample, tar_samples, tar_stream
 
 Row = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -67,6 +65,15 @@ def divided(
     what: str | Path,
 ) -> Rows:
     """`rows` in two: a share of `keep` is held out, all rows of equal `key` together."""
+    held = list(map(held_out(keep, key), rows))
+    train = [row for row, out in zip(rows, held, strict=True) if not out]
+    if not train:
+        raise ValueError(f"{what} holds no sample to train on")
+    return Rows(train, make, run.seed, [row for row, out in zip(rows, held, strict=True) if out])
+
+
+def held_out(keep: float, key: Callable[[Any], str]) -> Callable[[Any], bool]:
+    """Which rows are held out: a share of `keep` of the values of `key`."""
     if not 0 <= keep < 1:
         raise ValueError(f"keep is the share of rows held out, 0 or more and below 1, not {keep}")
 
@@ -76,11 +83,7 @@ def divided(
         except (KeyError, TypeError, AttributeError):
             return False  # a broken row, which is named when it is asked for
 
-    held = [out(row) for row in rows]
-    train = [row for row, out in zip(rows, held, strict=True) if not out]
-    if not train:
-        raise ValueError(f"{what} holds no sample to train on")
-    return Rows(train, make, run.seed, [row for row, out in zip(rows, held, strict=True) if out])
+    return out
 
 
 def own(
@@ -92,23 +95,27 @@ def own(
     keep: float = 0.0,
     keep_by: str = "",
     codes: str = "",
-) -> Rows:
+    stream: bool = False,
+) -> Rows | Stream:
     """What is at `path`, by its looks: a folder, tar shards, messages, questions, or an index.
 
-    image, text and keep_by are for an index, see `captions`; task for all that has captions, and
-    codes too: a folder of code shards, whose codes drawn pictures get without being opened.
+    image, text and keep_by are for an index, see `captions`; stream for tar shards, see
+    `webdataset`; task for all that has captions, and codes too: a folder of code shards, whose
+    codes drawn pictures get without being opened.
     """
     if not path:
         raise ValueError(
             "say where the data is: data.mine.path=INDEX.jsonl (or a folder, or *.tar)"
         )
     of_index = {"image": image != "file", "text": text != "text", "keep_by": bool(keep_by)}
+    if path.endswith((".tar", ".tar.gz", ".tgz")):
+        refuse(of_index, "tar shards")
+        return webdataset(run, path, task, keep, codes, stream)
+    if stream:
+        raise ValueError("stream is for tar shards (*.tar), and for readers.huggingface")
     if Path(path).is_dir():
         refuse(of_index, "a folder")
         return folder(run, path, task, keep, codes)
-    if path.endswith(".tar"):
-        refuse(of_index, "tar shards")
-        return webdataset(run, path, task, keep, codes)
     if path.endswith(".jsonl"):
         first = next((row for row in read_jsonl(path) if "broken" not in row), {})
         of_captions = {**of_index, "task": task != "both", "codes": bool(codes)}
@@ -270,32 +277,46 @@ def llava(run: Any, path: str, images: str, keep: float = 0.0) -> Rows:
     return divided(run, read_json(path), make, keep, lambda row: str(row.get("image", row)), path)
 
 
-def webdataset(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: str = "") -> Rows:
-    """WebDataset tar shards, `path` a glob ("data/*.tar"): pictures with a .txt or .json each.
+def webdataset(
+    run: Any,
+    path: str,
+    task: str = "both",
+    keep: float = 0.0,
+    codes: str = "",
+    stream: bool = False,
+    block: int = 1000,
+) -> Rows | Stream:
+    """WebDataset tar shards: pictures with a .txt or .json each.
 
-    The shards are read in place: one pass over their headers, then a sample at a time.
+    `path` is a glob, or numbered names in WebDataset's way ("data-{000..127}.tar"). The shards are
+    read in place: one pass over their headers, then a sample at a time. With `stream` they are
+    read from front to back, each rank its own, mixed in blocks of `block` rows; they may then be
+    compressed, or http(s) addresses.
     """
-    rows, known = samples_of(path), open_codes(run, codes)
+    known, shards = open_codes(run, codes), shards_of(path)
 
-    def make(row: dict[str, tuple[Path, int, int]], rng: np.random.Generator) -> dict[str, Any]:
+    def make(row: TarSample, rng: np.random.Generator) -> dict[str, Any]:
         name = next((n for n in row if f".{n}" in PICTURES), None)
         if name is None or not ("txt" in row or "json" in row):
             raise ValueError(f"{key(row)}: a sample has a picture and a .txt or .json")
-        picture = coded(row[name], place_name(row[name]), known)
+        picture = coded(row[name], row[name].name, known)
         if isinstance(picture, dict) and task == "draw":
             picture = {"codes": picture["codes"]}  # and the picture stays in its shard
         else:
-            opened = open_member(row[name])
+            opened = row[name].image()
             picture = {**picture, "image": opened} if isinstance(picture, dict) else opened
         if "txt" in row:
-            return pictured(picture, decoded(_read(row["txt"]), key(row)), task, rng)
-        record = json.loads(_read(row["json"]))
+            return pictured(picture, decoded(row["txt"].read(), key(row)), task, rng)
+        record = json.loads(row["json"].read())
         return pictured(picture, record.get("text") or record["caption"], task, rng)
 
-    def key(row: dict[str, tuple[Path, int, int]]) -> str:
-        shard, offset, _ = next(iter(row.values()))
-        return f"{shard.name} {offset}"
+    def key(row: TarSample) -> str:
+        return next(iter(row.values())).name.replace(":", " ")
 
+    if stream:
+        opened = [partial(tar_stream, shard) for shard in shards]
+        return Stream(run.seed, opened, make, held_out(keep, key), block)
+    rows = [row for shard in shards for row in tar_samples(shard)]
     return divided(run, rows, make, keep, key, path)
 
 
@@ -307,22 +328,36 @@ def huggingface(
     text: str = "text",
     task: str = "both",
     keep: float = 0.0,
-) -> Rows:
-    """A data set of the `datasets` library: a Hub id, or a folder that `save_to_disk` wrote."""
+    name: str = "",
+    stream: bool = False,
+    block: int = 1000,
+) -> Rows | Stream:
+    """A data set of the `datasets` library: a Hub id, a folder of files that it can read, or a
+    folder that `save_to_disk` wrote.
+
+    name: its configuration. With `stream` nothing is loaded ahead: see `webdataset`.
+    """
     try:
         import datasets
     except ImportError:
         raise ValueError("this source needs the datasets library: pip install datasets") from None
-    local = Path(path).is_dir()
-    data = datasets.load_from_disk(path) if local else datasets.load_dataset(path, split=split)
-    if isinstance(data, dict):
-        data = data[split]
+    saved = any((Path(path) / f).exists() for f in ("state.json", "dataset_dict.json"))
+    if saved:
+        data = datasets.load_from_disk(path)
+        data = data[split] if isinstance(data, dict) else data
+        data = data.to_iterable_dataset(min(64, len(data))) if stream else data
+    else:
+        data = datasets.load_dataset(path, name or None, split=split, streaming=stream)
 
-    def make(k: int, rng: np.random.Generator) -> dict[str, Any]:
-        row = data[k]
+    def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
         return pictured(row[image], row[text], task, rng)
 
-    return divided(run, list(range(len(data))), make, keep, str, path)
+    if stream:
+        count = data.num_shards
+        shards: list[Any] = [partial(data.shard, count, k) for k in range(count)]
+        return Stream(run.seed, shards, make, held_out(keep, lambda row: str(row[text])), block)
+    by_number = lambda k, rng: make(data[k], rng)  # noqa: E731
+    return divided(run, list(range(len(data))), by_number, keep, str, path)
 
 
 def pictures(run: Any, path: str, image: str = "file", keep: float = 0.1) -> Rows:
@@ -353,9 +388,9 @@ def list_pictures(path: str, image: str = "file") -> list[tuple[str, Callable[[]
         for picture in pictures_below(path):
             found[picture.relative_to(path).as_posix()] = partial(open_image, picture)
     elif path.endswith(".tar"):
-        for row in samples_of(path):
+        for row in (row for shard in shards_of(path) for row in tar_samples(shard)):
             for place in (row[n] for n in row if f".{n}" in PICTURES):
-                found[place_name(place)] = partial(open_member, place)
+                found[place.name] = place.image
     else:
         for row in read_table(path):
             if image in row:
@@ -385,20 +420,17 @@ def pictures_below(path: str) -> list[Path]:
     return sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
 
 
-def samples_of(path: str) -> list[dict[str, tuple[Path, int, int]]]:
-    """The samples of all tar shards that match a glob."""
-    shards = sorted(Path(found) for found in glob.glob(path))
-    if not shards:
+def shards_of(path: str) -> list[str]:
+    """The tar shards of a glob, or of numbered names: "data-{000..127}.tar"."""
+    numbers = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
+    if numbers:
+        before, first, last, after = numbers.groups()
+        width = len(first)
+        return [f"{before}{k:0{width}d}{after}" for k in range(int(first), int(last) + 1)]
+    found = [path] if "://" in path else sorted(glob.glob(path))
+    if not found:
         raise ValueError(f"no shard matches {path}")
-    return [row for shard in shards for row in _members(shard)]
-
-
-def place_name(place: tuple[Path, int, int]) -> str:
-    return f"{place[0].name}:{place[1]}"
-
-
-def open_member(place: tuple[Path, int, int]) -> Image.Image:
-    return open_image(io.BytesIO(_read(place)), name=place_name(place))
+    return found
 
 
 def pictured(picture: Any, text: str, task: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -472,38 +504,6 @@ def read_json(path: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def _members(shard: Path) -> Iterator[dict[str, tuple[Path, int, int]]]:
-    """The samples of a tar file: where each file of them lies, by its ending."""
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            name = ""
-            sample: dict[str, tuple[Path, int, int]] = {}
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                stem = f"{folder}/{stem}"
-                if member.offset_data + member.size > shard.stat().st_size:
-                    raise ValueError(f"{shard} is cut short within {member.name}")
-                if stem != name and sample:
-                    yield sample
-                    sample = {}
-                name = stem
-                sample[ending.lower()] = (shard, member.offset_data, member.size)
-            if sample:
-                yield sample
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} cannot be read as a tar file: {error}") from None
-
-
-def _read(place: tuple[Path, int, int]) -> bytes:
-    shard, offset, size = place
-    with shard.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
 
 
 def _placed(message: Row, folder: Path) -> Row:

@@ -300,7 +300,8 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
 
     protocol: "world", "n" (pictures of each of two held-out splits), "seed", "guidance",
     "diffusion_guidance" and "diffusion_steps". units_an_image: codes, or steps of the flow from
-    text; generation_4x_steps: with four times as many of these. latency_s: seconds for one picture
+    text; generation_4x_steps: with four times as many of these. generation_seen: of new scenes
+    whose combinations are those of training. latency_s: seconds for one picture
     alone, the least of three. understanding: accuracy of yes/no answers, of models that see.
     reconstruction_*: see `reconstruction`.
     """
@@ -308,6 +309,7 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
     scores = {
         "units_an_image": units,
         **generation_scores(paint, protocol),
+        "generation_seen": generation_scores(paint, protocol, SPLITS[:1])["generation"],
         "latency_s": least_seconds(lambda: paint(["a red circle"], 0)),
     }
     by_flow = has_flow(folder, "text")
@@ -322,11 +324,13 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
     return scores if by_flow else {**scores, **reconstruction(folder, model, protocol)}
 
 
-def generation_scores(paint: Painter, protocol: dict[str, Any]) -> dict[str, float]:
+def generation_scores(
+    paint: Painter, protocol: dict[str, Any], splits: Sequence[str] = SPLITS[1:]
+) -> dict[str, float]:
     """Share of pictures that the checker finds right, by task, and the mean of the tasks."""
     right: dict[str, list[bool]] = {}
-    for split in SPLITS[1:]:
-        tasks = TASKS if split == "pairs" else ("position",)  # as evaluation.scenes asks
+    for split in splits:
+        tasks = ("position",) if split == "triples" else TASKS  # as evaluation.scenes asks
         jobs = []
         for k in range(max(1, protocol["n"] // len(tasks)) * len(tasks)):
             task = tasks[k % len(tasks)]

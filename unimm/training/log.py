@@ -87,7 +87,7 @@ class Log:
         """`left`: seconds to the end."""
         if not metrics or not self.team.main:
             return
-        rounded = {key: float(f"{value:.5g}") for key, value in metrics.items()}
+        rounded = {key: float(f"{value:.7g}") for key, value in metrics.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **rounded}) + "\n")
         if self.board is not None:

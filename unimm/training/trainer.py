@@ -90,7 +90,7 @@ def train(run: Run) -> Path:
     trained = model if team.sharded else parts.model
     progress = load_checkpoint(out, trained, optimizers, team)
     start = progress["step"]
-    mixture = make_mixture(run, parts, progress)
+    mixture = make_mixture(run, parts, progress, team.rank)
     out.mkdir(parents=True, exist_ok=True)
     if team.main:
         write_text(out / "run.json", json.dumps(run.record(), indent=1))
@@ -100,7 +100,9 @@ def train(run: Run) -> Path:
         return cut(drawn, parts, run), mixture.state()
 
     def save(step: int) -> None:
-        progress = {"step": step, "mixture": cursor, "log": log.state(), "ranks": team.ranks}
+        streams = team.gather_objects(cursor["streams"])  # each rank is at its own place in them
+        there = {**cursor, "streams": streams}
+        progress = {"step": step, "mixture": there, "log": log.state(), "ranks": team.ranks}
         save_checkpoint(out, trained, optimizers, progress, team)
 
     count, make_losses = run.count or one, parts.step or run.step
@@ -176,7 +178,7 @@ def checked_folder(run: Run) -> Path:
     return Path(run.out)
 
 
-def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None) -> Mixture:
+def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None, rank: int = 0) -> Mixture:
     """The sources of a run as one stream, from where `progress` is (None: a trial, from 0).
 
     Rows that cannot be read are named in left_out.txt, each once.
@@ -201,7 +203,9 @@ def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None) -> Mix
         run.most_broken,
     )
     if progress and "mixture" in progress:
-        mixture.restore(progress["mixture"])
+        cursor = progress["mixture"]
+        streams = cursor.get("streams") or [{}]
+        mixture.restore({**cursor, "streams": streams[min(rank, len(streams) - 1)]})
     elif progress:
         mixture.skip(progress["step"] * run.batch_size)
     return mixture

@@ -1,0 +1,261 @@
+"""Data that is read in one direction: every row once a pass, and from anywhere as if never left."""
+
+import gzip
+import http.server
+import io
+import json
+import tarfile
+import threading
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimm.data import readers, streams
+from unimm.data.mixture import Mixture
+from unimm.data.sources import VALIDATION
+from unimm.data.streams import Stream
+
+RUN = SimpleNamespace(seed=3)
+SIZES = (5, 1, 8, 0, 6)  # of shards
+ROWS = [(s, k) for s, size in enumerate(SIZES) for k in range(size)]
+
+
+def shard(s):
+    for k in range(SIZES[s]):
+        yield {"broken": "row 3 of shard 2"} if (s, k) == (2, 3) else (s, k)
+
+
+def stream(block=4, held=lambda row: False, shards=(0, 1, 2, 3, 4), seed=3):
+    return Stream(
+        seed, [partial(shard, s) for s in shards], lambda row, rng: (row, rng.random()), held, block
+    )
+
+
+def take(rows, count):
+    """The next rows; a broken one is None."""
+    found = []
+    for i in range(count):
+        try:
+            found.append(rows[i])
+        except ValueError as error:
+            assert "row 3 of shard 2" in str(error)
+            found.append(None)
+    return found
+
+
+def of(found):
+    return [(2, 3) if pair is None else pair[0] for pair in found]
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_every_row_comes_once_a_pass_in_an_order_of_its_own(block):
+    found = of(take(stream(block), 60))
+    assert sorted(found) == sorted(ROWS * 3)
+    if block == 1:  # nothing is mixed but the order of shards
+        for turn in range(3):
+            here = found[20 * turn : 20 * turn + 20]
+            assert all(here.index(row) + 1 == here.index((row[0], row[1] + 1))
+                       for row in here if (row[0], row[1] + 1) in here)  # fmt: skip
+        assert len({tuple(found[k : k + 20]) for k in (0, 20, 40)}) == 3
+    else:
+        assert found != of(take(stream(1), 60)) != of(take(stream(1, seed=4), 60))
+    again = take(stream(block), 60)
+    assert again == take(stream(block), 60) and of(again) == found
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 100])
+def test_a_stream_goes_on_from_anywhere(block):
+    whole = take(stream(block), 70)
+    rows = stream(block)
+    for taken in range(50):
+        told = json.loads(json.dumps(rows.state()))
+        other = stream(block)
+        other.restore(told)
+        assert take(other, 20) == whole[taken : taken + 20], taken
+        assert other.state() != told
+        take(rows, 1)
+
+
+@pytest.mark.parametrize("ranks, shards", [(2, 5), (3, 5), (3, 2)])
+def test_ranks_share_the_rows(ranks, shards, monkeypatch):
+    monkeypatch.setattr(streams.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(streams.dist, "get_world_size", lambda: ranks)
+    every, places = [], []
+    for rank in range(ranks):
+        monkeypatch.setattr(streams.dist, "get_rank", lambda rank=rank: rank)
+        rows, mine = stream(2, shards=range(shards)), []
+        while True:  # to the end of the first pass
+            here = of(take(rows, 1))
+            if rows.begin[0]:
+                break
+            mine += here
+        every += mine
+        places.append(rows.state())
+    whole = [row for row in ROWS if row[0] < shards]
+    assert sorted(every) == sorted(whole)
+    monkeypatch.setattr(streams.dist, "is_initialized", lambda: False)
+    alone = stream(2, shards=range(shards))
+    alone.restore(places[0])  # of another number of ranks: the next pass, whole
+    assert sorted(of(take(alone, len(whole)))) == sorted(whole)
+    assert alone.begin[0] == places[0]["begin"][0] + 1
+
+
+def test_what_is_held_out_is_never_trained_on():
+    rows = stream(held=lambda row: row[1] == 0)
+    assert {row for row in of(take(rows, 60))} == {row for row in ROWS if row[1] != 0}
+    assert len(rows.kept) == 4 and of(take(SimpleRows(rows), 4)) == rows.kept
+    none = stream(held=lambda row: True, shards=(0, 1))
+    with pytest.raises(ValueError, match="2 shards hold no sample to train on"):
+        none[0]
+    with pytest.raises(ValueError, match="a block of a stream has 1 row or more"):
+        stream(0)
+
+
+class SimpleRows:
+    """Indices from VALIDATION on."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getitem__(self, i):
+        return self.rows[VALIDATION + i]
+
+
+def test_a_mixture_with_a_stream_goes_on(tmp_path):
+    def mixture():
+        sources = {"numbers": range(10**10), "rows": stream()}
+        return Mixture(sources, {"numbers": 1, "rows": 2}, most_broken=0.9)
+
+    whole = mixture().draw(60)
+    begun = mixture()
+    assert begun.draw(23) == whole[:23]
+    told = json.loads(json.dumps(begun.state()))
+    other = mixture()
+    other.restore(told)
+    assert other.draw(37) == whole[23:]
+
+
+# -------------------------------------------------------------------------------- tar shards
+
+
+def sample_bytes(k):
+    buffer = io.BytesIO()
+    levels = np.random.default_rng(k).integers(0, 255, (12, 10, 3), np.uint8)
+    Image.fromarray(levels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Three shards of four samples: t-00.tar to t-02.tar."""
+    for s in range(3):
+        with tarfile.open(tmp_path / f"t-{s:02d}.tar", "w") as tar:
+            for k in range(4 * s, 4 * s + 4):
+                for ending, data in (("png", sample_bytes(k)), ("txt", f"number {k}".encode())):
+                    info = tarfile.TarInfo(f"{k:05d}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return tmp_path
+
+
+def told(rows, count):
+    """Text -> levels of the picture, of the next samples."""
+    found = {}
+    for i in range(count):
+        said, shown = rows[i]["messages"][::-1]
+        picture = next(part["image"] for part in shown["content"] if "image" in part)
+        found[said["content"][0]["text"]] = np.asarray(picture)
+    return found
+
+
+def check_samples(found):
+    assert found.keys() == {f"number {k}" for k in range(12)}
+    for k in range(12):
+        expected = np.asarray(Image.open(io.BytesIO(sample_bytes(k))))
+        assert (found[f"number {k}"] == expected).all()
+
+
+def test_tar_shards_are_streamed_from_files_and_addresses(tars):
+    read = partial(readers.webdataset, RUN, task="describe", stream=True, block=5)
+    check_samples(told(read(f"{tars}/t-*.tar"), 12))
+    check_samples(
+        told(readers.own(RUN, f"{tars}/t-{{00..02}}.tar", task="describe", stream=True), 12)
+    )
+    for s in range(3):
+        with gzip.open(tars / f"t-{s:02d}.tar.gz", "wb") as file:
+            file.write((tars / f"t-{s:02d}.tar").read_bytes())
+    check_samples(told(read(f"{tars}/t-*.tar.gz"), 12))
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tars))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}/t-{{00..02}}.tar"
+        check_samples(told(read(place), 12))
+        missing = read(f"http://127.0.0.1:{server.server_port}/t-{{07..07}}.tar")
+        with pytest.raises(ValueError, match="t-07.tar cannot be read.*404"):
+            missing[0]
+        server.shutdown()
+
+
+def test_streamed_and_indexed_shards_hold_out_the_same(tars):
+    one, two = (
+        readers.webdataset(RUN, f"{tars}/t-*.tar", "describe", keep=0.4, stream=s)
+        for s in (False, True)
+    )
+    assert 0 < len(one.kept) == len(two.kept) < 12
+    kept, same = ({row["txt"].read() for row in rows.kept} for rows in (one, two))
+    assert kept == same
+    trained = told(two, 2 * (12 - len(kept)))
+    assert not {words.encode() for words in trained} & kept and len(trained) == 12 - len(kept)
+
+
+def test_a_shard_that_breaks_off_gives_what_it_has(tars):
+    whole = (tars / "t-01.tar").read_bytes()
+    (tars / "t-01.tar").write_bytes(whole[: whole.rindex(b"IDAT") + 30])
+    (tars / "t-02.tar").write_bytes(b"no tar file at all" * 100)
+    rows = readers.webdataset(RUN, f"{tars}/t-*.tar", task="describe", stream=True)
+    found, wrong = {}, []
+    for _ in range(40):
+        try:
+            found |= told(rows, 1)
+        except ValueError as error:
+            wrong.append(str(error))
+    assert found.keys() == {f"number {k}" for k in range(7)}  # not 7, which is cut short
+    assert {next(n for n in ("t-01", "t-02") if n in line) for line in wrong} == {"t-01", "t-02"}
+    assert all("cannot be read as a tar file" in line for line in wrong)
+
+
+def test_stream_is_for_what_can_be_streamed(tars):
+    (tars / "i.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="stream is for tar shards"):
+        readers.own(RUN, f"{tars}/i.jsonl", stream=True)
+
+
+# ------------------------------------------------------------------------------------ datasets
+
+
+def test_the_datasets_library_loaded_and_streamed(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    data = datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": sample_bytes(k), "path": None} for k in range(12)],
+            "text": [f"number {k}" for k in range(12)],
+        },
+        features,
+    )
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    for s in range(3):
+        data.shard(3, s).to_parquet(tmp_path / f"files/train-{s}.parquet")
+    for folder in ("saved", "files"):
+        for stream in (False, True):
+            rows = readers.huggingface(
+                RUN, str(tmp_path / folder), task="describe", stream=stream, block=5
+            )
+            check_samples(told(rows, 12))
+    assert len(rows.shards) == 3  # a file each
+    rows = readers.huggingface(RUN, str(tmp_path / "files"), keep=0.3, stream=True)
+    assert 0 < len(rows.kept) < 12

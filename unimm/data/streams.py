@@ -1,0 +1,219 @@
+"""Rows that come one after the other: data too large to index, or not on this machine.
+
+A stream is made of shards, each read from its beginning. The order of shards is drawn anew for
+every pass and rows are mixed in blocks, so where it stands is told by a few numbers (`state`).
+"""
+
+import io
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+
+from unimm.data.images import open_image
+from unimm.data.sources import VALIDATION
+
+KEPT = 256  # of the rows held out, as many are looked at
+PASSES = 10  # a rank may draw shards without a row, but not for so many passes
+Shard = Callable[[], Iterable[Any]]  # opened, it gives its rows in order
+
+
+class Stream:
+    """What makes samples of the rows of shards, as `readers.Rows` does of rows in memory.
+
+    `[i]` is this process's next row, whatever i is. With several ranks each reads shards of its
+    own, or, where there are fewer shards than ranks, a row in so many of all. `held(row)` rows are
+    left out of training; the first `KEPT` of them are given from VALIDATION on. A row that is
+    {"broken": reason} raises ValueError. block: rows that are mixed with each other.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        shards: Sequence[Shard],
+        make: Callable[[Any, np.random.Generator], Any],
+        held: Callable[[Any], bool],
+        block: int = 1000,
+    ):
+        if block < 1:
+            raise ValueError(f"a block of a stream has 1 row or more, not {block}")
+        self.seed, self.shards, self.make, self.held, self.size = seed, shards, make, held, block
+        there = dist.is_initialized()
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        self._kept: list[Any] | None = None
+        self.taken = 0  # of this block
+        self._go_to([0, 0, 0], block=-1)
+
+    @property
+    def kept(self) -> list[Any]:
+        """Rows held out, the first `KEPT` of all shards."""
+        if self._kept is None:
+            rows = (row for shard in self.shards for row in shard() if self._is_held(row))
+            self._kept = list(islice(rows, KEPT))
+        return self._kept
+
+    def __getitem__(self, i: int) -> Any:
+        if i >= VALIDATION:
+            k = (i - VALIDATION) % len(self.kept)
+            return self._made(self.kept[k], np.random.default_rng((self.seed, 26, k)))
+        if self.taken == len(self.rows):
+            self._next_block()
+        k, self.taken = int(self.order[self.taken]), self.taken + 1
+        row, self.rows[k] = self.rows[k], None
+        return self._made(row, np.random.default_rng((self.seed, 25, self.rank, self.block, k)))
+
+    def state(self) -> dict[str, Any]:
+        """Where this rank stands, JSON-able."""
+        return {"begin": self.begin, "block": self.block, "taken": self.taken, "ranks": self.ranks}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there; with another number of ranks, with the next pass over the data."""
+        if state["ranks"] != self.ranks:
+            return self._go_to([state["begin"][0] + 1, 0, 0], state["block"])
+        self._go_to(state["begin"], max(state["block"], 0) - 1)
+        if state["block"] >= 0:
+            self._next_block()
+            self.taken = state["taken"]
+
+    def _go_to(self, place: list[int], block: int) -> None:
+        """`place`: pass, shard of this rank, row in it, from which the block after `block` is."""
+        self.begin, self.next, self.block, self.taken = place, place, block, 0
+        self.rows: list[Any] = []
+        self.order = np.empty(0, int)
+        self.ahead = self._from(*place)
+
+    def _next_block(self) -> None:
+        """Read `size` rows, or what is left of this pass."""
+        for _ in range(PASSES):
+            if found := list(islice(self.ahead, self.size)):
+                break
+            self._go_to([self.next[0] + 1, 0, 0], self.block)
+        else:
+            raise ValueError(f"{len(self.shards)} shards hold no sample to train on")
+        self.begin, self.block, self.taken = self.next, self.block + 1, 0
+        self.rows, self.next = [row for _, row in found], found[-1][0]
+        rng = np.random.default_rng((self.seed, 24, self.rank, self.block))
+        self.order = rng.permutation(len(self.rows))
+
+    def _from(self, turn: int, first: int, begin: int) -> Iterator[tuple[list[int], Any]]:
+        """The rows of a pass from such a place on, each with the place of the one after it."""
+        by_shard = len(self.shards) >= self.ranks
+        order = np.random.default_rng((self.seed, 23, turn)).permutation(len(self.shards))
+        mine = order[self.rank :: self.ranks] if by_shard else order
+        for s in range(first, len(mine)):
+            for k, row in enumerate(self.shards[mine[s]]()):
+                is_mine = by_shard or k % self.ranks == self.rank
+                if (s, k) >= (first, begin) and is_mine and not self._is_held(row):
+                    yield [turn, s, k + 1], row
+
+    def _is_held(self, row: Any) -> bool:
+        return not _is_broken(row) and self.held(row)
+
+    def _made(self, row: Any, rng: np.random.Generator) -> Any:
+        if _is_broken(row):
+            raise ValueError(row["broken"])
+        try:
+            return self.make(row, rng)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{str(row)[:120]}: {error!r}") from None
+
+
+# -------------------------------------------------------------------------------- tar shards
+
+
+class Place(NamedTuple):
+    """A file in a tar shard: where its bytes lie, or these themselves."""
+
+    shard: str
+    offset: int
+    size: int
+    data: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard.rpartition('/')[2]}:{self.offset}"
+
+    def read(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def image(self) -> Any:
+        return open_image(io.BytesIO(self.read()), name=self.name)
+
+
+TarSample = dict[str, Place]  # the files of one sample, by their endings
+
+
+def tar_samples(shard: str) -> Iterator[TarSample]:
+    """The samples of a tar file on this machine; one pass over its headers.
+
+    Raises ValueError for what is no tar file, or is cut short.
+    """
+    try:
+        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            yield from _grouped(_checked(tar, shard, size))
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} cannot be read as a tar file: {error}") from None
+
+
+def tar_stream(shard: str) -> Iterator[TarSample | dict[str, str]]:
+    """The samples of a tar file (which may be compressed), or of an http(s) address, with their
+    bytes, in one pass and without going back. Where it breaks off the last row is {"broken"}."""
+    wrong: list[str] = []
+
+    def files() -> Iterator[tuple[str, Place]]:
+        try:
+            with closing(_open(shard)) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+                for member in tar:
+                    if (opened := tar.extractfile(member)) is not None:
+                        place = Place(shard, member.offset_data, member.size, opened.read())
+                        yield member.name, place
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            wrong.append(f"{shard} cannot be read as a tar file: {error}")
+
+    yield from _grouped(files())
+    yield from ({"broken": reason} for reason in wrong)
+
+
+def _open(shard: str) -> IO[bytes]:
+    if shard.startswith(("http://", "https://")):
+        return urllib.request.urlopen(shard, timeout=60)
+    return open(shard, "rb")
+
+
+def _checked(tar: tarfile.TarFile, shard: str, size: int) -> Iterator[tuple[str, Place]]:
+    for member in tar:
+        if member.isfile():
+            if member.offset_data + member.size > size:
+                raise ValueError(f"{shard} is cut short within {member.name}")
+            yield member.name, Place(shard, member.offset_data, member.size)
+
+
+def _grouped(files: Iterable[tuple[str, Place]]) -> Iterator[TarSample]:
+    """Files that follow each other and differ in their ending alone are a sample."""
+    before, sample = "", TarSample()
+    for name, place in files:
+        folder, _, base = name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        if f"{folder}/{stem}" != before and sample:
+            yield sample
+            sample = {}
+        before = f"{folder}/{stem}"
+        sample[ending.lower()] = place
+    if sample:
+        yield sample
+
+
+def _is_broken(row: Any) -> bool:
+    return isinstance(row, dict) and "broken" in row
