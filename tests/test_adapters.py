@@ -15,7 +15,8 @@ from unimm.data.processor import assistant, user
 from unimm.model.int8 import is_quantized, quantize_decoder
 from unimm.training import trainer
 from unimm.training.adapters import merge_adapters, merged_copy
-from unimm.training.next_token import draw, open_init, setup_unified
+from unimm.training.next_token import open_init, setup_unified
+from unimm.training.previews import draw
 from unimm.training.trainer import make_optimizers, train
 
 
@@ -136,7 +137,7 @@ def test_a_wrong_base_is_refused(root):
 def test_a_preview_shows_what_adapters_have_learned(root, tmp_path, monkeypatch):
     run = lora(root, "none")
     parts, shown = setup_unified(run), []
-    where = "unimm.training.next_token.save_grid"
+    where = "unimm.training.previews.save_grid"
     monkeypatch.setattr(where, lambda pixels, *_, **__: shown.append(pixels))
     parts.model.eval()
     parts.preview(tmp_path, 1)

@@ -79,6 +79,11 @@ def test_codes_are_of_the_tokenizer_not_of_the_file_it_is_in(model, tmp_path):
         save_file(one, tmp_path / f"{k}/image_tokenizer.safetensors")
         names.append(made_by(tmp_path / str(k)))
     assert names[0] == names[1] != names[2] and len(names[0]) == 8
+    (tmp_path / "adapters").mkdir()
+    for base, name in ((str(tmp_path / "0"), names[0]), ("scenes", made_by("scenes"))):
+        about = tmp_path / "adapters/adapter_config.json"
+        about.write_text(json.dumps({"base_model_name_or_path": base}))
+        assert made_by(tmp_path / "adapters") == name != ""
 
 
 def test_a_kill_leaves_no_half_shard(files, model, monkeypatch):  # noqa: F811

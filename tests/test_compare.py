@@ -259,14 +259,16 @@ def test_one_protocol_scores_both_ways_of_drawing(tmp_path, monkeypatch):
         assert 0 <= scores["understanding"] <= 1
         rebuilt = {"reconstruction_psnr", "reconstruction_checked", "decode_s"}
         assert (rebuilt & scores.keys()) == (rebuilt if way == "codes" else set())
-        assert ("generation_4x_steps" in scores) == (way == "diffusion")
+        assert ("generation_seen_4x_steps" in scores) == (way == "diffusion")
         pictures = scenes_samples(tmp_path / "model", protocol)
         assert pictures.shape == (16, 3, 16, 16) and pictures.abs().max() <= 1
     half = asked.index("diffusion")
-    prompts = asked[half + 1 : half + 1 + (len(asked) - half) // 2]
-    assert asked[half + 1 :] == 2 * prompts and steps == [2, 2, 2, 8, 2]
-    assert asked[1 : len(prompts) + 1] == prompts and len(set(prompts)) > 5
-    assert half - 1 - len(prompts) == 12  # captions of what was rebuilt
+    by_codes, by_flow = asked[1:half], asked[half + 1 :]
+    held_out, seen = by_flow[:24], by_flow[24:36]  # 12 of each split
+    assert by_flow[36:] == seen and steps == [2, 2, 2, 8, 2]
+    assert by_codes[:36] == held_out + seen and len(set(held_out)) > 5
+    assert not set(held_out[:12]) & set(seen)
+    assert len(by_codes) == 36 + 12  # captions of what was rebuilt
 
 
 def test_codes_are_decoded_by_the_diffusion_detokenizer_of_the_folder(tmp_path):

@@ -28,7 +28,8 @@ from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, TEXT
 from unimm.pipeline import UniMM
-from unimm.training.next_token import draw_codes, drop_prompt, next_token, open_init
+from unimm.training.next_token import drop_prompt, next_token, open_init
+from unimm.training.previews import draw_codes
 
 CODES = 64
 SPECIAL = ("<image>", *emu3.TOKENS.values())
@@ -469,7 +470,8 @@ def test_a_whole_call_draws_answers_and_saves(one, tmp_path):
 def test_a_run_goes_on_from_it_and_previews_what_it_draws(one):
     run = Run(next_token, (), {}, steps=1, batch_size=1, init=str(one.folder))
     model, processor, _ = open_init(run)
-    drawn = draw_codes(model, processor, ["a red cat", "a"], guidance=3.0, seed=5)
+    talks = [[user("a red cat")], [user("a")]]
+    drawn = draw_codes(model, processor, talks, guidance=3.0, seed=5)
     prompts = [processor.encode([user(text)], "image") for text in ("a red cat", "a")]
     requests = [Request(prompt, "image", 5 + k) for k, prompt in enumerate(prompts)]
     answers = one.ours.engine.run(requests, Settings(guidance=3.0))

@@ -4,12 +4,14 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import shutil
 import tarfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_model
 from PIL import Image
 
@@ -20,6 +22,8 @@ from unimm.config import Source, load_recipe, override
 from unimm.data import readers
 from unimm.data.mixture import Mixture
 from unimm.data.sources import VALIDATION
+from unimm.training import previews
+from unimm.training.next_token import setup_unified
 from unimm.training.trainer import mixing_weights, train
 
 RUN = SimpleNamespace(seed=3)
@@ -273,8 +277,62 @@ def test_fine_tuning_learns_from_an_index_and_reports_what_is_held_out(files, tm
     assert held and held[-1]["step"] == 25
 
 
+def test_a_preview_draws_and_answers_what_is_held_out(files, tmp_path, monkeypatch):
+    """The same each time, and beside what the data has."""
+    save_model(tmp_path / "tiny", *tiny_model())
+    words = [f"data.mine.path={files}/index.jsonl", f"init={tmp_path / 'tiny'}",
+             "data.mine.keep=0.999", "options.previews=2", "precision=float32"]  # fmt: skip
+    run = override(load_recipe("train/finetune.py").config, words)
+    every = readers.captions(RUN, f"{files}/index.jsonl", task="draw")
+    rows = dataclasses.replace(every, kept=every.rows)
+    told = readers.captions(RUN, f"{files}/index.jsonl", task="describe")
+    also = dataclasses.replace(told, kept=told.rows)
+    data = {name: Source(lambda run, r=r: r) for name, r in (("a", rows), ("b", also))}
+    run = dataclasses.replace(run, data=data, options={**run.options, "prompts": ["a cat"]})
+    parts = setup_unified(run)
+    monkeypatch.setattr(
+        previews, "answer_texts", lambda model, processor, talks: ["a dot"] * len(talks)
+    )
+    parts.model.eval()
+    with torch.no_grad():
+        found = parts.preview(tmp_path, 3)
+    said = (tmp_path / "preview-000003.txt").read_text().splitlines()
+    assert said[0] == "drawn 1: a cat" and len(said) == 5
+    drawn = [rows[VALIDATION + i]["messages"][0]["content"][0]["text"] for i in range(2)]
+    assert said[1:3] == [f"drawn {k + 2}: {text}" for k, text in enumerate(drawn)]
+    for i, line in enumerate(said[3:]):
+        asked, answered, there = line.split(" | ")
+        talk = also[VALIDATION + i]["messages"]
+        assert asked.startswith("asked: [picture] ") and asked.endswith(
+            talk[0]["content"][1]["text"]
+        )
+        assert answered == "answered: a dot"
+        assert there == "in the data: " + talk[1]["content"][0]["text"]
+    assert found["preview_answers_exact"] == 0.0
+    width, height = Image.open(tmp_path / "preview-000003.png").size
+    assert (width, height) == (8 * 18 + 2, 18 + 2)
+    monkeypatch.setattr(
+        previews, "answer_texts", lambda m, p, t: [line.split("the data: ")[1] for line in said[3:]]
+    )
+    with torch.no_grad():
+        assert parts.preview(tmp_path, 4)["preview_answers_exact"] == 1.0
+        monkeypatch.undo()
+        assert 0 <= parts.preview(tmp_path, 5)["preview_answers_exact"] <= 1  # of the model itself
+
+
+def test_what_stops_a_run_is_named_by_its_row(files):
+    rows = readers.captions(RUN, f"{files}/index.jsonl")
+    ((origin, item),) = Mixture({"mine": rows}, {"mine": 1.0}).draw(1)
+    assert origin[0] == "mine"
+    (file,) = {m["image"] for p in item["messages"] for m in p["content"] if "image" in m}
+    assert f"'file': 'images/{file[-5:]}'" in origin[1]
+    streamed = readers.webdataset(RUN, f"{files}/s*.tar", stream=True)
+    ((origin, item),) = Mixture({"mine": streamed}, {"mine": 1.0}).draw(1)
+    assert re.fullmatch(r"\{'png': s\d.tar:\d+, 'txt': s\d.tar:\d+\}", origin[1])
+
+
 def test_a_broken_row_among_the_held_out_does_not_stop_a_run(files):
-    from unimm.training.next_token import held_out_nats
+    from unimm.training.previews import held_out_nats
 
     model, processor = tiny_model()
     run = override(

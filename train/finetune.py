@@ -6,7 +6,8 @@ unimm data check train/finetune.py data.mine.path=INDEX.jsonl      # first, what
 
 INDEX has a picture ("file") and its text a row; data.mine.image and data.mine.text name other
 columns, or a form of several ("a {style} picture of {name}"). A tenth of the rows is held out and
-its loss reported (data.mine.keep, data.mine.keep_by). Other readers: unimm/data/readers.py.
+its loss reported (data.mine.keep, data.mine.keep_by); previews draw and describe eight of them, and
+what options.prompts says. Other readers: unimm/data/readers.py.
 """
 
 from unimm.config import Run, Source
@@ -26,5 +27,5 @@ config = Run(
     warmup=50,
     schedule="cosine",
     preview_every=100,
-    options={"prompts": [], "guidance": 2.0, "code_rows_only": False},
+    options={"prompts": [], "previews": 8, "guidance": 2.0, "code_rows_only": False},
 )

@@ -40,7 +40,7 @@ PROTOCOL = {
     "seed": 1000,
     "guidance": 2.0,
     "diffusion_guidance": 2.0,
-    "diffusion_steps": 30,
+    "diffusion_steps": 16,
 }
 DECODER = DecoderConfig(
     vocab_size=0,  # set by `assemble`, as is the number of codes

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from unimm.checkpoints.native import BUNDLED
 from unimm.data.processor import Processor
 
 Picture = tuple[str, Callable[[], Any]]  # a name, and what opens it
@@ -60,12 +61,17 @@ class CodeShards:
 
 
 def made_by(folder: str | Path) -> str:
-    """A name for the image tokenizer of a model folder; "" where it is not in a file of its own.
+    """A name for the image tokenizer of a model folder ("scenes": of the bundled model; a folder of
+    adapters: of their base); "" where it is not in a file of its own.
 
     It follows from the names and values of the weights: the same ones in bfloat16 and in float32
     have one name.
     """
-    path = Path(folder) / "image_tokenizer.safetensors"
+    folder = BUNDLED if str(folder) == "scenes" else Path(folder)
+    adapters = folder / "adapter_config.json"
+    if adapters.is_file():
+        return made_by(json.loads(adapters.read_text())["base_model_name_or_path"])
+    path = folder / "image_tokenizer.safetensors"
     if not path.is_file():
         return ""
     crc = 0

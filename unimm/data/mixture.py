@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+Origin = tuple[str, int | str]  # a source, and the index there or the row itself in short
 TRIES, STRIDE = 20, 10_000_019  # a broken row's place is taken by the one STRIDE further on
 
 
@@ -60,8 +61,8 @@ class Mixture:
         """This rank's part of the next `count` samples of the global stream."""
         return [sample for _, sample in self.draw(count, rank, ranks)]
 
-    def draw(self, count: int, rank: int = 0, ranks: int = 1) -> list[tuple[tuple[str, int], Any]]:
-        """As `take`, each sample with its source and the index there."""
+    def draw(self, count: int, rank: int = 0, ranks: int = 1) -> list[tuple[Origin, Any]]:
+        """As `take`, each sample with its source and the row there, or its index."""
         mine = []
         for offset in range(count):
             position = self.position
@@ -89,7 +90,7 @@ class Mixture:
         """The sources that are read in one direction, and know where they stand."""
         return [name for name in self.taken if hasattr(self.sources[name], "restore")]
 
-    def _sample(self, name: str, index: int, position: int) -> tuple[tuple[str, int], Any]:
+    def _sample(self, name: str, index: int, position: int) -> tuple[Origin, Any]:
         for attempt in range(TRIES):
             self.seen[name] += 1
             try:
@@ -97,7 +98,8 @@ class Mixture:
                 item = self.sources[name][place]
                 if self.prepare is not None:
                     item = self.prepare(item, np.random.default_rng((self.seed, position)))
-                return (name, place), item
+                named = getattr(self.sources[name], "named", None)
+                return (name, named(place) if named else place), item
             except (ValueError, OSError) as error:
                 reason = " ".join(str(error).split())
                 self.broken[name] += 1

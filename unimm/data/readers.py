@@ -12,19 +12,18 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unimm.checkpoints.native import BUNDLED
 from unimm.data.codes import CodeShards, made_by
 from unimm.data.images import open_image
 from unimm.data.processor import assistant, cropped, user
 from unimm.data.sources import ASK_CAPTION, VALIDATION
-from unimm.data.streams import Stream, TarSample, tar_samples, tar_stream
+from unimm.data.streams import Stream, TarSample, in_short, tar_samples, tar_stream
 
 Row = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -39,21 +38,33 @@ class Rows:
     make: Callable[[Any, np.random.Generator], Any]
     seed: int
     kept: list[Any]
+    orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # the last one used
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Any:
-        rows, i = (self.rows, i) if i < VALIDATION else (self.kept, i - VALIDATION)
-        turn, place = divmod(i, len(rows))
-        order = np.random.default_rng((self.seed, 21, turn)).permutation(len(rows))
-        k = int(order[place])
+        rows, turn, k = self._find(i)
         if isinstance(rows[k], dict) and "broken" in rows[k]:
             raise ValueError(rows[k]["broken"])
         try:
             return self.make(rows[k], np.random.default_rng((self.seed, 22, turn, k)))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{str(rows[k])[:120]}: {error!r}") from None
+            raise ValueError(f"{in_short(rows[k])}: {error!r}") from None
+
+    def named(self, i: int) -> str:
+        """Row i, in short."""
+        rows, _, k = self._find(i)
+        return in_short(rows[k])
+
+    def _find(self, i: int) -> tuple[list[Any], int, int]:
+        """Where sample i is: rows, which pass over them, and which of them."""
+        rows, i = (self.rows, i) if i < VALIDATION else (self.kept, i - VALIDATION)
+        turn, place = divmod(i, len(rows))
+        if (turn, len(rows)) not in self.orders:
+            order = np.random.default_rng((self.seed, 21, turn)).permutation(len(rows))
+            self.orders = {(turn, len(rows)): order}
+        return rows, turn, int(self.orders[turn, len(rows)][place])
 
 
 def divided(
@@ -406,7 +417,7 @@ def open_codes(run: Any, folder: str) -> CodeShards | None:
     if not folder:
         return None
     init = getattr(run, "init", "")
-    return CodeShards(folder, made_by(BUNDLED if init == "scenes" else init) if init else "")
+    return CodeShards(folder, made_by(init) if init else "")
 
 
 def coded(picture: Any, name: str, known: CodeShards | None) -> Any:

@@ -48,6 +48,7 @@ class Stream:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
         self._kept: list[Any] | None = None
         self.taken = 0  # of this block
+        self.last: Any = None
         self._go_to([0, 0, 0], block=-1)
 
     @property
@@ -66,7 +67,12 @@ class Stream:
             self._next_block()
         k, self.taken = int(self.order[self.taken]), self.taken + 1
         row, self.rows[k] = self.rows[k], None
+        self.last = row
         return self._made(row, np.random.default_rng((self.seed, 25, self.rank, self.block, k)))
+
+    def named(self, i: int) -> str:
+        """The row that was given last, in short."""
+        return in_short(self.last)
 
     def state(self) -> dict[str, Any]:
         """Where this rank stands, JSON-able."""
@@ -121,7 +127,7 @@ class Stream:
         try:
             return self.make(row, rng)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{str(row)[:120]}: {error!r}") from None
+            raise ValueError(f"{in_short(row)}: {error!r}") from None
 
 
 # -------------------------------------------------------------------------------- tar shards
@@ -138,6 +144,9 @@ class Place(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.shard.rpartition('/')[2]}:{self.offset}"
+
+    def __repr__(self) -> str:
+        return self.name
 
     def read(self) -> bytes:
         if self.data is not None:
@@ -213,6 +222,11 @@ def _grouped(files: Iterable[tuple[str, Place]]) -> Iterator[TarSample]:
         sample[ending.lower()] = place
     if sample:
         yield sample
+
+
+def in_short(row: Any) -> str:
+    """A row in so few words that it is known again."""
+    return " ".join(str(row)[:120].split())
 
 
 def _is_broken(row: Any) -> bool:

@@ -42,7 +42,7 @@ from unimm.inference.sampling import Settings
 from unimm.pipeline import UniMM
 from unimm.training.cost import sample_flops
 from unimm.training.image_tokenizer import psnr
-from unimm.training.next_token import save_grid
+from unimm.training.previews import save_grid
 from unimm.training.trainer import train
 
 BUDGETS = ("steps", "samples", "flops")
@@ -300,8 +300,8 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
 
     protocol: "world", "n" (pictures of each of two held-out splits), "seed", "guidance",
     "diffusion_guidance" and "diffusion_steps". units_an_image: codes, or steps of the flow from
-    text; generation_4x_steps: with four times as many of these. generation_seen: of new scenes
-    whose combinations are those of training. latency_s: seconds for one picture
+    text. generation_seen: of new scenes whose combinations are those of training;
+    generation_seen_4x_steps: of these with four times as many steps. latency_s: seconds for one picture
     alone, the least of three. understanding: accuracy of yes/no answers, of models that see.
     reconstruction_*: see `reconstruction`.
     """
@@ -315,8 +315,8 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
     by_flow = has_flow(folder, "text")
     if by_flow:
         longer = {**protocol, "diffusion_steps": 4 * protocol["diffusion_steps"]}
-        again = generation_scores(painter(folder, longer)[1], protocol)
-        scores["generation_4x_steps"] = again["generation"]
+        again = generation_scores(painter(folder, longer)[1], protocol, SPLITS[:1])
+        scores["generation_seen_4x_steps"] = again["generation"]
     if model.model.vision is not None or model.model.config.pathway == "shared":
         asked = Protocol(n=protocol["n"], world=protocol["world"])
         tallies = [score_understanding(model, asked, s, protocol["seed"]) for s in SPLITS[1:]]

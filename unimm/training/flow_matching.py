@@ -30,7 +30,8 @@ from unimm.model.diffusion import (
 )
 from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import Batch, UnifiedModel
-from unimm.training.next_token import open_init, save_grid
+from unimm.training.next_token import open_init
+from unimm.training.previews import save_grid
 from unimm.training.trainer import Parts
 
 DEFAULTS: dict[str, Any] = {

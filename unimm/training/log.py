@@ -9,10 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 from unimm.config import Run
+from unimm.data.mixture import Origin
 from unimm.training.parallel import Team
 from unimm.training.state import write_text
-
-Origin = tuple[str, int]  # a source, and the index there
 
 
 class Log:

@@ -4,27 +4,21 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unimm.checkpoints.load import load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.checkpoints.parts import assemble_parts
 from unimm.config import Begin, Run
 from unimm.data.packing import collate_packed
-from unimm.data.processor import Processor, Sample, to_picture, user
-from unimm.data.sources import VALIDATION
-from unimm.inference.engine import Engine, Request
-from unimm.inference.grid import GridEngine
-from unimm.inference.sampling import Settings
+from unimm.data.processor import Processor, Sample
 from unimm.model.int8 import quantize_decoder
-from unimm.model.unified import KINDS, TEXT, Batch, UnifiedModel
+from unimm.model.unified import TEXT, Batch, UnifiedModel
 from unimm.training.adapters import (
     FILES,
     add_adapters,
@@ -33,6 +27,7 @@ from unimm.training.adapters import (
     merged_copy,
     save_adapters,
 )
+from unimm.training.previews import held_out_nats, show
 from unimm.training.trainer import Parts, rate_of
 
 
@@ -55,8 +50,8 @@ def scored_weight(batch: Batch, run: Run) -> float:
 def setup_unified(run: Run) -> Parts:
     """A model from the folder `run.init`; items are message dicts.
 
-    options: `prompts` (texts to draw in previews), `guidance` of the previews, `code_rows_only`
-    (the shared pathway's stage 1).
+    options: `prompts`, `previews` and `guidance` of the previews (see `previews.show`),
+    `code_rows_only` (the shared pathway's stage 1).
     """
     return unified_parts(run, *open_init(run))
 
@@ -108,14 +103,9 @@ def unified_parts(
         return drop_prompt(learnable(processor, item["messages"]), processor, run.drop_prompt, rng)
 
     def preview(folder: Path, step: int) -> dict[str, float]:
-        prompts, found = run.options.get("prompts"), {}
         with torch.compiler.set_stance("force_eager"):
-            if prompts and processor.image_tokenizer is not None:
-                guidance = run.options.get("guidance", 2.0)
-                codes = draw_codes(merged_copy(model), processor, prompts, guidance)
-                save_grid(processor.pixels(codes), folder / f"preview-{step:06d}.png", columns=8)
-                found["preview_different_codes"] = len({code for one in codes for code in one})
-            return found | held_out_nats(run, model, processor)
+            shown = show(run, merged_copy(model), processor, folder, step)
+            return shown | held_out_nats(run, model, processor)
 
     def save(folder: Path) -> None:
         if run.lora and not run.lora_merge:
@@ -149,32 +139,6 @@ def learnable(processor: Processor, messages: list[Any]) -> Sample:
     return sample
 
 
-def held_out_nats(
-    run: Run, model: UnifiedModel, processor: Processor, most: int = 256
-) -> dict[str, float]:
-    """Nats a scored slot on what the sources hold out (their `kept` rows), by source and kind."""
-    found = {}
-    for name, source in run.data.items():
-        rows = source.make(run, **source.options)
-        sums = {kind: [0.0, 0.0] for kind in KINDS}
-        for k in range(0, min(most, len(getattr(rows, "kept", ()))), run.batch_size):
-            samples = []
-            for i in range(k, min(k + run.batch_size, most, len(rows.kept))):
-                with suppress(ValueError, OSError):  # a broken row is no reason to stop a run
-                    samples.append(processor.encode(rows[VALIDATION + i]["messages"]))
-            if not samples:
-                continue
-            batch = processor.collate(samples)
-            output = model(batch.to(model.decoder.norm.weight.device))
-            for kind, (total, count) in output.nats.items():
-                sums[kind][0] += total
-                sums[kind][1] += count
-        for kind, (total, count) in sums.items():
-            if count:
-                found[f"{name}_held_out_{kind}_nats"] = total / count
-    return found
-
-
 def has_compiler() -> bool:
     """Whether torch.compile can work here: on a CPU it needs a C++ compiler."""
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -193,34 +157,3 @@ def drop_prompt(
     words = (sample.kind == TEXT) & processor.is_word(sample.ids)
     score = np.where(words, 0, sample.score).astype(np.float32)
     return processor.unguided(dataclasses.replace(sample, score=score))
-
-
-def draw(
-    model: UnifiedModel, processor: Processor, prompts: list[str], guidance: float, seed: int = 0
-) -> Tensor:
-    """One picture a prompt, (N, 3, H, W) in [-1, 1]."""
-    return processor.pixels(draw_codes(model, processor, prompts, guidance, seed))
-
-
-def draw_codes(
-    model: UnifiedModel, processor: Processor, prompts: list[str], guidance: float, seed: int = 0
-) -> list[list[int]]:
-    """The codes of one picture a prompt."""
-    requests = [
-        Request(processor.encode([user(prompt)], answer="image"), "image", seed + k)
-        for k, prompt in enumerate(prompts)
-    ]
-    engine = (GridEngine if processor.gridded else Engine)(model, processor)
-    answers = engine.run(requests, Settings(guidance=guidance))
-    return [list(map(int, answer.codes)) for answer in answers]
-
-
-def save_grid(pictures: Tensor, path: Path, columns: int) -> None:
-    """Pictures (N, 3, H, W) in [-1, 1] as one PNG with white lines between them."""
-    count, _, height, width = pictures.shape
-    rows = -(-count // columns)
-    sheet = torch.ones(3, rows * (height + 2) + 2, columns * (width + 2) + 2)
-    for k, picture in enumerate(pictures.float().cpu()):
-        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
-        sheet[:, top : top + height, left : left + width] = picture
-    to_picture(sheet).save(path)

@@ -99,8 +99,6 @@ def shard(model: nn.Module, device: torch.device, run: Run) -> nn.Module:
 
     if run.setup is not None or run.options.get("code_rows_only"):
         raise ValueError("shard=True is for the plain training of a unified model")
-    if run.optimizer == "muon":
-        raise ValueError("Muon needs whole matrices: with shard=True choose optimizer=adamw")
     trained: Any = copy.deepcopy(model).to(device)
     empty(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

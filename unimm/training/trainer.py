@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from unimm.config import Rates, Run
-from unimm.data.mixture import Mixture, pieces, prefetch
+from unimm.data.mixture import Mixture, Origin, pieces, prefetch
 from unimm.data.packing import pack
 from unimm.training.adapters import adapted_name
-from unimm.training.log import Log, Origin
+from unimm.training.log import Log
 from unimm.training.parallel import Team
 from unimm.training.state import (
     load_checkpoint,
@@ -251,10 +251,10 @@ def cut(drawn: list[tuple[Origin, Any]], parts: Parts, run: Run) -> list[Piece]:
 
 def not_finite(step: int, wrong: list[Origin], out: Path) -> str:
     """What to tell of step `step` (from 0), in which the loss of the samples `wrong` is NaN."""
-    places: dict[str, list[int]] = {}
-    for name, index in wrong:
-        places.setdefault(name, []).append(index)
-    which = "; ".join(f"{name} {', '.join(map(str, sorted(i)))}" for name, i in places.items())
+    places: dict[str, list[Any]] = {}
+    for name, row in wrong:
+        places.setdefault(name, []).append(row)
+    which = "; ".join(f"{name} {', '.join(map(str, sorted(r)))}" for name, r in places.items())
     what = f"the loss of these samples: {which}" if wrong else "the gradient"
     return (
         f"in step {step + 1} a number is not finite in {what}. The weights before it are in "
@@ -330,6 +330,8 @@ def make_optimizers(model: nn.Module, run: Run) -> dict[str, Optimizer]:
     """
     if run.optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer is 'adamw' or 'muon', not {run.optimizer!r}")
+    if run.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError("optimizer=muon is of torch 2.9 and later: choose adamw")
     plans = run.train if isinstance(run.train, dict) else {"main": run.train}
     # (plan, in a Muon) -> (rate, weight decay) -> parameters
     chosen: dict[tuple[str, bool], dict[tuple[float, float], list[nn.Parameter]]] = {}

@@ -1,0 +1,159 @@
+"""What a run of a unified model shows of itself on the way: pictures, answers, held-out losses."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimm.config import Run
+from unimm.data.processor import Message, Processor, to_picture, user
+from unimm.data.sources import VALIDATION
+from unimm.inference.engine import Engine, Request
+from unimm.inference.grid import GridEngine
+from unimm.inference.sampling import Settings
+from unimm.model.unified import KINDS, UnifiedModel
+
+LONGEST = 48  # text tokens of an answer in a preview
+
+
+def show(
+    run: Run, model: UnifiedModel, processor: Processor, folder: Path, step: int
+) -> dict[str, float]:
+    """Draw and answer what is fixed for the whole run; returns metrics.
+
+    Drawn are the texts of `run.options["prompts"]` and the prompts of the first
+    `run.options["previews"]` conversations held out that end in a picture; answered, greedily, are
+    as many held-out questions. preview-STEP.png has the pictures, eight a row, and preview-STEP.txt
+    says what each is of, and the answers beside those that the data has.
+    """
+    talks = list(held_out_turns(run, int(run.options.get("previews", 0))))
+    prompts = [[user(text)] for text in run.options.get("prompts") or ()]
+    prompts += [talk for talk, answer in talks if answer is None]
+    lines, found = [], {}
+    if prompts and processor.image_tokenizer is not None:
+        codes = draw_codes(model, processor, prompts, run.options.get("guidance", 2.0))
+        save_grid(processor.pixels(codes), folder / f"preview-{step:06d}.png", columns=8)
+        found["preview_different_codes"] = float(len({code for one in codes for code in one}))
+        lines += [f"drawn {k + 1}: {words_of(talk)}" for k, talk in enumerate(prompts)]
+    asked = [(talk, answer) for talk, answer in talks if answer is not None]
+    if asked:
+        said = answer_texts(model, processor, [talk for talk, _ in asked])
+        found["preview_answers_exact"] = sum(
+            " ".join(text.split()) == expected
+            for text, (_, expected) in zip(said, asked, strict=True)
+        ) / len(asked)
+        for text, (talk, expected) in zip(said, asked, strict=True):
+            lines.append(f"asked: {words_of(talk)} | answered: {text} | in the data: {expected}")
+    if lines:
+        path = folder / f"preview-{step:06d}.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return found
+
+
+def held_out_turns(run: Run, most: int) -> Iterator[tuple[list[Message], str | None]]:
+    """The first held-out conversations up to the assistant's first turn, with what it says there
+    (None where it draws): at most `most` of each of the two."""
+    left = {"drawn": most, "said": most}
+    for rows in held_out_rows(run, 8 * most).values():
+        for messages in rows:
+            end = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), 0)
+            content = messages[end]["content"]
+            parts = [{"text": content}] if isinstance(content, str) else content
+            drawn = any("image" in part or "codes" in part for part in parts)
+            kind = "drawn" if drawn else "said"
+            if end and left[kind]:
+                left[kind] -= 1
+                said = " ".join(" ".join(part["text"] for part in parts if "text" in part).split())
+                yield messages[:end], None if drawn else said
+
+
+def held_out_rows(run: Run, most: int = 256) -> dict[str, list[list[Message]]]:
+    """Up to `most` conversations that each source holds out (its `kept` rows)."""
+    found: dict[str, list[list[Message]]] = {}
+    for name, source in run.data.items():
+        rows = source.make(run, **source.options)
+        for i in range(min(most, len(getattr(rows, "kept", ())))):
+            with suppress(ValueError, OSError):  # a broken row is no reason to stop a run
+                found.setdefault(name, []).append(rows[VALIDATION + i]["messages"])
+    return found
+
+
+def held_out_nats(run: Run, model: UnifiedModel, processor: Processor) -> dict[str, float]:
+    """Nats a scored slot on what the sources hold out, by source and kind."""
+    found = {}
+    for name, rows in held_out_rows(run).items():
+        sums = {kind: [0.0, 0.0] for kind in KINDS}
+        samples = []
+        for messages in rows:
+            with suppress(ValueError, OSError):  # its picture may be broken
+                samples.append(processor.encode(messages))
+        for k in range(0, len(samples), run.batch_size):
+            batch = processor.collate(samples[k : k + run.batch_size])
+            output = model(batch.to(model.decoder.norm.weight.device))
+            for kind, (total, count) in output.nats.items():
+                sums[kind][0] += total
+                sums[kind][1] += count
+        for kind, (total, count) in sums.items():
+            if count:
+                found[f"{name}_held_out_{kind}_nats"] = total / count
+    return found
+
+
+def draw(
+    model: UnifiedModel, processor: Processor, prompts: list[str], guidance: float, seed: int = 0
+) -> Tensor:
+    """One picture a prompt, (N, 3, H, W) in [-1, 1]."""
+    talks = [[user(prompt)] for prompt in prompts]
+    return processor.pixels(draw_codes(model, processor, talks, guidance, seed))
+
+
+def draw_codes(
+    model: UnifiedModel,
+    processor: Processor,
+    talks: list[list[Message]],
+    guidance: float,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The codes of the picture that follows each conversation."""
+    requests = [
+        Request(processor.encode(talk, answer="image"), "image", seed + k)
+        for k, talk in enumerate(talks)
+    ]
+    answers = engine_of(model, processor).run(requests, Settings(guidance=guidance))
+    return [list(map(int, answer.codes)) for answer in answers]
+
+
+def answer_texts(
+    model: UnifiedModel, processor: Processor, talks: list[list[Message]]
+) -> list[str]:
+    """The likeliest words after each conversation."""
+    requests = [Request(processor.encode(talk, answer="text"), "text") for talk in talks]
+    answers = engine_of(model, processor).run(requests, Settings(max_text=LONGEST))
+    return [processor.text(answer.text) for answer in answers]
+
+
+def engine_of(model: UnifiedModel, processor: Processor) -> Engine:
+    return (GridEngine if processor.gridded else Engine)(model, processor)
+
+
+def words_of(talk: list[Message]) -> str:
+    """What is said in a conversation; a picture is "[picture]"."""
+    parts: list[Any] = []
+    for message in talk:
+        content = message["content"]
+        parts += [{"text": content}] if isinstance(content, str) else content
+    return " ".join(" ".join(part.get("text", "[picture]").split()) for part in parts)
+
+
+def save_grid(pictures: Tensor, path: Path, columns: int) -> None:
+    """Pictures (N, 3, H, W) in [-1, 1] as one PNG with white lines between them."""
+    count, _, height, width = pictures.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(3, rows * (height + 2) + 2, columns * (width + 2) + 2)
+    for k, picture in enumerate(pictures.float().cpu()):
+        top, left = 2 + k // columns * (height + 2), 2 + k % columns * (width + 2)
+        sheet[:, top : top + height, left : left + width] = picture
+    to_picture(sheet).save(path)
