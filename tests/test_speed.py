@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from unimm.checkpoints.native import load_model, save_model
 from unimm.data.processor import Sample, assistant, user
 from unimm.evaluation.bench_clock import start_peak
-from unimm.inference import kernel, stepper
+from unimm.inference import fused, kernel, stepper
 from unimm.inference.engine import Engine, Request
 from unimm.inference.prefill import Prompts, common, grouped, slot_keys
 from unimm.inference.sampling import Settings, choose
@@ -34,10 +35,10 @@ def drawn(engine, settings, count=5):
 
 
 def by_torch(model, processor):
-    """An engine that has no kernel."""
+    """An engine that has no kernel, and computes what the modules say."""
     engine = Engine(model, processor)
     engine._stepper._signature = kernel.signature(model)
-    assert engine._stepper.kernel is None
+    assert engine._stepper.kernel is None and engine._stepper.fused is None
     return engine
 
 
@@ -92,6 +93,59 @@ def test_hidden_states_of_the_kernel(dtype, small):
         assert off < (1e-5 if dtype == torch.float32 else 0.03), off
         k, other = caches[0].k[1][1, :, 3:7].float(), caches[1].k[1][1, :, 3:7].float()
         assert (k - other).norm() / k.norm() < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hidden_states_of_fused_layers(dtype, shape):
+    """Rows of different lengths and a window, against the modules; the weights are there once."""
+    model, _ = tiny_model(**shape)
+    lively(model).to(dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        x = torch.randn(3, 4, 32, dtype=dtype)
+        caches = [model.decoder.new_cache(3, 20) for _ in range(2)]
+        for cache in caches:
+            torch.manual_seed(1)
+            model.decoder(torch.randn(3, 7, 32, dtype=dtype), torch.arange(7)[None], cache=cache)
+            cache.advance(torch.tensor([7, 3, 5]))
+        slots = caches[0].slots(4)
+        there = model.decoder(x, slots, cache=caches[0])
+        made = fused.make_fused(model.decoder)
+        here = made.step(x, slots, caches[1])
+        for a, b in ((here, there), (caches[1].k[1][:, :, :7], caches[0].k[1][:, :, :7])):
+            off = (a.double() - b.double()).norm() / b.double().norm()
+            assert off < {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float64: 1e-12}[dtype]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for layer in made.layers:
+        attention, mlp = layer.block.self_attn, layer.block.mlp
+        for whole, part in ((layer.qkv, attention.v_proj), (layer.gate_up, mlp.up_proj)):
+            same = whole.untyped_storage().data_ptr() == part.weight.untyped_storage().data_ptr()
+            assert same and part.weight.requires_grad
+
+
+def test_an_engine_without_kernel_fuses_and_the_model_goes_on_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(stepper, "make_kernel", lambda model: None)
+    model, processor = tiny_model()
+    settings = Settings(2.0)
+    expected = drawn(by_torch(model, processor), settings)
+    engine = Engine(model, processor)
+    assert drawn(engine, settings) == expected and engine._stepper.fused is not None
+    kept = engine._stepper.fused
+    drawn(engine, settings)
+    assert engine._stepper.fused is kept  # nothing has changed
+    model.train()
+    loss = model.decoder(torch.randn(1, 5, 32), torch.arange(5)[None]).square().sum()
+    loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+    after = drawn(engine, settings)
+    assert after != expected and after == drawn(by_torch(model, processor), settings)
+    save_model(tmp_path, model, processor)
+    again = load_model(tmp_path)
+    assert drawn(by_torch(*again[:2]), settings) == after
+    quantize_decoder(model)
+    assert drawn(engine, settings) and engine._stepper.fused is None
 
 
 @NEEDS_KERNEL

@@ -301,9 +301,9 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
     protocol: "world", "n" (pictures of each of two held-out splits), "seed", "guidance",
     "diffusion_guidance" and "diffusion_steps". units_an_image: codes, or steps of the flow from
     text. generation_seen: of new scenes whose combinations are those of training;
-    generation_seen_4x_steps: of these with four times as many steps. latency_s: seconds for one picture
-    alone, the least of three. understanding: accuracy of yes/no answers, of models that see.
-    reconstruction_*: see `reconstruction`.
+    generation_seen_4x_steps: of these with four times as many steps. latency_s: seconds for one
+    picture alone, the least of three. understanding: accuracy of yes/no answers, of models that
+    see. reconstruction_*: see `reconstruction`.
     """
     model, paint, units = painter(folder, protocol)
     scores = {

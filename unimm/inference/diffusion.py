@@ -28,7 +28,7 @@ class UniMMDiffusionPipeline(DiffusionPipeline):
     """A diffusion decoder behind a unified model.
 
     decoder: condition "text" draws prompts (`__call__`), "codes" draws codes (`decode`).
-    autoencoder: the `AutoencoderKL` whose latents it draws, None for pixels.
+    autoencoder: the `AutoencoderKL` or image tokenizer whose latents it draws, None for pixels.
     """
 
     decoder: DiffusionDecoder

@@ -2,7 +2,8 @@
 
 A step is M slots, each with its row of the cache and its place there; rows may have any lengths,
 and a row may have a window of several slots. Few slots go through the kernel in one call; with
-many, torch does the products and the kernel the attention; without a kernel torch does it all.
+many, torch does the products and the kernel the attention; without a kernel torch does it all, on
+a CPU by fewer and larger operations than the modules' own (fused.py).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unimm.inference.fused import Fused, make_fused
 from unimm.inference.kernel import Kernel, free_threads, make_kernel, signature
 from unimm.inference.sampling import choose, guide
 from unimm.model.decoder import KVCache, RMSNorm
@@ -27,6 +29,7 @@ class Stepper:
     def __init__(self, model: UnifiedModel):
         self.model = model
         self.kernel: Kernel | None = None
+        self.fused: Fused | None = None  # where there is no kernel
         self._table: Tensor | None = None
         self._signature: tuple | None = None
 
@@ -48,8 +51,10 @@ class Stepper:
         found = signature(self.model)
         changed = found != self._signature
         if changed:
-            self._signature, self._table = found, None
+            self._table = None
             self.kernel = make_kernel(self.model)
+            self.fused = None if self.kernel is not None else make_fused(self.model.decoder)
+            self._signature = signature(self.model)  # fusing moves the weights
         if self.kernel is not None:
             self.kernel.threads = free_threads()
         return changed
@@ -83,8 +88,10 @@ class Stepper:
         Returns normed hidden states (R * window, D). The caller then advances the cache.
         """
         slots = cache.slots(window)  # (R, window)
-        if self.kernel is None or torch.is_autocast_enabled(x.device.type):
-            rows = x.view(len(slots), window, -1)
+        rows, autocast = x.view(len(slots), window, -1), torch.is_autocast_enabled(x.device.type)
+        if self.fused is not None and not autocast:
+            return self.fused.step(rows, slots, cache).flatten(0, 1)
+        if self.kernel is None or autocast:
             return self.model.decoder(rows, slots, cache=cache).flatten(0, 1)
         if cache.longest + window > cache.capacity:
             raise ValueError(f"the cache has room for {cache.capacity} slots a row")

@@ -7,6 +7,7 @@ which is the hidden states of a prompt or the vectors of a picture's codes. The 
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # x (N, C, S, S) at time t (N,) -
 @dataclass(frozen=True)
 class DiffusionConfig:
     """Shape of a `DiffusionDecoder`; `size` and `channels` are 64 and 3 for pictures of 64 px, or
-    those of an autoencoder's latents."""
+    those of latents: of an autoencoder, or (`latents` is "codes") the image tokenizer's vectors."""
 
     condition: str  # "text": hidden states of a decoder; "codes": vectors of an image tokenizer
     condition_dim: int
@@ -39,6 +40,7 @@ class DiffusionConfig:
     dim: int
     layers: int
     heads: int
+    latents: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codes", tuple(self.codes) if self.codes else None)
@@ -169,11 +171,12 @@ def flow_loss(velocity: Velocity, pictures: Tensor, start: Tensor, t: Tensor) ->
 def save_diffusion(
     folder: str | Path, decoder: DiffusionDecoder, autoencoder: Any | None = None
 ) -> None:
-    """diffusion_CONDITION.safetensors and .json, and the autoencoder's folder if there is one."""
+    """diffusion_CONDITION.safetensors and .json, and the autoencoder's folder if there is one (an
+    image tokenizer is in `folder` anyway)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"diffusion_{decoder.config.condition}"
-    if autoencoder is not None:
+    if autoencoder is not None and not isinstance(autoencoder, ImageTokenizer):
         autoencoder.save_pretrained(folder / f"{name}_autoencoder")
     state = {key: value.detach().cpu().contiguous() for key, value in decoder.state_dict().items()}
     part = folder / f"{name}.part"
@@ -197,6 +200,8 @@ def load_diffusion(folder: str | Path, condition: str) -> tuple[DiffusionDecoder
         decoder.load_state_dict(load_file(path.with_suffix(".safetensors")))
     except Exception as error:  # every way in which the two files can be broken or mismatched
         raise ValueError(f"{path} or its .safetensors is broken: {error}") from error
+    if decoder.config.latents == "codes":
+        return decoder.eval(), ImageTokenizer.load(folder)
     latent = path.with_name(f"{path.stem}_autoencoder")
     return decoder.eval(), load_autoencoder(latent) if latent.is_dir() else None
 
@@ -227,17 +232,29 @@ def code_vectors(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
     return (rows / rows.square().mean().sqrt())[codes]
 
 
-def to_latents(autoencoder: Any | None, pixels: Tensor) -> Tensor:
-    """Pixels (N, 3, H, W) in [-1, 1] -> what the flow ends in: latents of about unit variance."""
+def to_latents(autoencoder: Any | None, pictures: Tensor) -> Tensor:
+    """Pixels (N, 3, H, W) in [-1, 1] -> what the flow ends in: latents of about unit variance.
+
+    autoencoder: an `AutoencoderKL`; or an image tokenizer, whose codes (N, K) may be given in place
+    of pixels; or None for pixels.
+    """
     if autoencoder is None:
-        return pixels
+        return pictures
+    if isinstance(autoencoder, ImageTokenizer):
+        codes = autoencoder.encode(pictures) if pictures.is_floating_point() else pictures
+        side = math.isqrt(codes.shape[1])
+        return code_vectors(autoencoder, codes).mT.unflatten(2, (side, side))
     config = autoencoder.config
-    latents = autoencoder.encode(pixels).latent_dist.mode()
+    latents = autoencoder.encode(pictures).latent_dist.mode()
     return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
 def to_pixels(autoencoder: Any | None, x: Tensor) -> Tensor:
-    """The inverse of `to_latents`: float32 pixels in [-1, 1]."""
+    """The inverse of `to_latents`: float32 pixels in [-1, 1]. Vectors become the nearest codes."""
+    if isinstance(autoencoder, ImageTokenizer):
+        every = code_vectors(autoencoder, torch.arange(autoencoder.codebook_size, device=x.device))
+        codes = torch.cdist(x.float().flatten(2).mT, every).argmin(-1)  # (N, K)
+        return autoencoder.decode(codes, (x.shape[2], x.shape[3]))
     if autoencoder is not None:
         config = autoencoder.config
         x = autoencoder.decode(x / config.scaling_factor + (config.shift_factor or 0.0)).sample

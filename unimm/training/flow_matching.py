@@ -39,7 +39,8 @@ DEFAULTS: dict[str, Any] = {
     "layers": 6,
     "heads": 6,
     "patch": 8,
-    "autoencoder": "",  # a diffusers folder: the flow then ends in its latents
+    "autoencoder": "",  # a diffusers folder: the flow then ends in its latents; or "codes" (text):
+    # in the vectors of the model's image tokenizer, of which the nearest are drawn
     "decay": 0.99,  # of the moving average, a step (JanusFlow's)
     "prompts": [],  # drawn in previews (text)
     "previews": 16,  # pictures rebuilt and measured in previews (codes)
@@ -52,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
 class Drawn(NamedTuple):
     """One picture to learn, with what leads to it and what is random about it."""
 
-    pixels: Tensor  # (3, H, W) in [-1, 1]
+    pixels: Tensor  # (3, H, W) in [-1, 1], or the codes (K,) of a picture
     sample: Sample | None  # the conversation up to the picture (text)
     start: np.ndarray  # noise (C, S, S)
     t: float
@@ -145,14 +146,21 @@ def setup_diffusion(run: Run) -> Parts:
     options = checked_options(run)
     model, processor, sampling = open_init(run)
     dim, size = model.config.decoder.dim, processor.drawn_size
-    flow = make_flow(options, model, dim, None, size)
+    by_codes = options["autoencoder"] == "codes"
+    flow = make_flow(options, model, dim, None, size, processor.image_tokenizer)
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Drawn:
         messages = item["messages"]
         picture = messages[-1]["content"][-1]
         if messages[-1]["role"] != "assistant" or picture["type"] != "image":
             raise ValueError("diffusion learns from conversations that end in a drawn picture")
-        pixels = processor.drawn_pixels(picture["image"])
+        if by_codes and picture.get("codes") is not None:
+            pixels = torch.as_tensor(np.asarray(picture["codes"], np.int64))
+        else:
+            pixels = processor.drawn_pixels(picture["image"])
+        if by_codes and pixels.is_floating_point():
+            assert processor.image_tokenizer is not None
+            pixels = processor.image_tokenizer.encode(pixels[None])[0]
         sample = processor.encode(messages[:-1], answer="image")
         return randomised(flow.decoder.config, pixels, sample, rng, run.drop_prompt)
 
@@ -232,9 +240,19 @@ def make_flow(
     condition_dim: int,
     codes: tuple[int, int] | None,
     image_size: int,
+    tokenizer: ImageTokenizer | None = None,
 ) -> FlowMatching:
-    """A new decoder for pictures of `image_size`, in pixels or in an autoencoder's latents."""
-    autoencoder = load_autoencoder(options["autoencoder"]) if options["autoencoder"] else None
+    """A new decoder for pictures of `image_size`: in pixels, in an autoencoder's latents, or in
+    the vectors of the codes of `tokenizer`."""
+    autoencoder: Any = None
+    if options["autoencoder"] == "codes":
+        if tokenizer is None:
+            raise ValueError(
+                "autoencoder=codes is for text, on a model that has an image tokenizer"
+            )
+        autoencoder = tokenizer.requires_grad_(False)
+    elif options["autoencoder"]:
+        autoencoder = load_autoencoder(options["autoencoder"])
     with torch.no_grad():
         shape = to_latents(autoencoder, torch.zeros(1, 3, image_size, image_size)).shape
     config = DiffusionConfig(
@@ -243,6 +261,7 @@ def make_flow(
         codes=codes,
         size=shape[-1],
         channels=shape[1],
+        latents="codes" if isinstance(autoencoder, ImageTokenizer) else "",
         **{name: options[name] for name in ("patch", "dim", "layers", "heads")},
     )
     return FlowMatching(DiffusionDecoder(config), conditioner, autoencoder)

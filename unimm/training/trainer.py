@@ -36,6 +36,8 @@ from unimm.training.state import (
     write_text,
 )
 
+IN_LAYERS = r"\.(layers|transformer_blocks)\."  # ours, transformers', and diffusers'
+
 
 @dataclass
 class Parts:
@@ -341,7 +343,7 @@ def make_optimizers(model: nn.Module, run: Run) -> dict[str, Optimizer]:
         plan = next((plan for plan, rate in rates.items() if rate is not None), None)
         parameter.requires_grad_(plan is not None)
         if plan is not None:
-            matrix = parameter.ndim == 2 and ".layers." in name
+            matrix = parameter.ndim == 2 and re.search(IN_LAYERS, name) is not None
             decay = run.weight_decay if parameter.ndim > 1 else 0.0
             groups = chosen.setdefault((plan, matrix and run.optimizer == "muon"), {})
             groups.setdefault((rates[plan] or 0.0, decay), []).append(parameter)
