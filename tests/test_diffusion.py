@@ -26,7 +26,7 @@ from unimm.model.diffusion import (
     to_pixels,
 )
 from unimm.training.flow_matching import setup_detokenizer, setup_diffusion
-from unimm.training.trainer import train
+from unimm.training.trainer import make_optimizers, train
 
 ROOT = Path(__file__).parent.parent
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220)}
@@ -71,13 +71,14 @@ def decoder_of(condition="text", seed=0, **changes):
 
 def run_for(recipe, root, source, **changes):
     config = load_recipe(ROOT / "train" / recipe).config
-    options = {**config.options, **SIZES, "sampling_steps": 8, "decay": 0.9}
+    options = {**config.options, **SIZES, "autoencoder": "", "sampling_steps": 8, "decay": 0.9}
     if "previews" in options:
         options |= {"previews": 2, "preview_offset": 0}
     base = dict(
         init=str(root / "model"), data={"pictures": Source(source)}, steps=4, batch_size=4,
         out=str(root / "out"), precision="float32", log_every=1, warmup=0, save_every=2,
-        preview_every=0, options={**options, **changes.pop("options", {})},
+        preview_every=0, options={**options, **changes.pop("options", {})}, optimizer="adamw",
+        train=((r"decoder\..*", 1e-3), (r".*", None)),
     )  # fmt: skip
     return dataclasses.replace(config, **{**base, **changes})
 
@@ -394,6 +395,51 @@ def test_the_flow_can_end_in_the_latents_of_an_autoencoder(root, tmp_path):
         for name, weight in autoencoder.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], weight), name
     assert pipeline_of(tmp_path / "text")("red", steps=2).shape == (1, 3, 16, 16)
+
+
+def test_the_flow_can_end_in_the_vectors_of_codes(root, tmp_path):
+    """Of the model's own image tokenizer; codes that the data has are not made again."""
+    _, processor, _ = load_model(root / "model")
+    tokenizer = processor.image_tokenizer
+    codes = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
+    latents = to_latents(tokenizer, codes)
+    assert latents.shape == (3, 4, 4, 4)
+    nearly = latents + 1e-3 * torch.randn(latents.shape)
+    assert torch.equal(to_pixels(tokenizer, nearly), tokenizer.decode(codes, (4, 4)))
+    pixels = tokenizer.decode(codes, (4, 4))
+    made = to_latents(tokenizer, pixels)
+    assert torch.equal(made, to_latents(tokenizer, tokenizer.encode(pixels)))
+    vectors = code_vectors(tokenizer, codes)  # row by row of the grid
+    assert torch.equal(latents[1, :, 2, 3], vectors[1, 2 * 4 + 3])
+
+    def known(run):
+        class Talks:
+            def __getitem__(self, i):
+                part = {"codes": codes[i % 3].numpy(), "image": picture_of("red")}
+                return {"messages": [user("red"), assistant(part)]}
+
+        return Talks()
+
+    options = {"autoencoder": "codes", "patch": 1}
+    run = run_for("diffusion.py", root, known, out=str(tmp_path / "known"), options=options)
+    parts = setup_diffusion(run)
+    assert not any(p.requires_grad for p in parts.model.autoencoder.parameters())
+    optimizers = make_optimizers(parts.model, dataclasses.replace(run, optimizer="muon"))
+    by_muon = {id(p) for g in optimizers["main_matrices"].param_groups for p in g["params"]}
+    blocks = parts.model.decoder.transformer.transformer_blocks
+    assert by_muon == {id(p) for p in blocks.parameters() if p.ndim == 2}
+    item = parts.prepare(known(run)[1], np.random.default_rng(0))
+    assert torch.equal(item.pixels, codes[1])
+    seen = parts.prepare(talks(run)[0], np.random.default_rng(0))
+    expected = tokenizer.encode(processor.drawn_pixels(picture_of("red"))[None])[0]
+    assert torch.equal(seen.pixels, expected)
+    drawn = pipeline_of(train(run))("red", steps=2)
+    assert drawn.shape == (1, 3, 16, 16)
+    sizes = load_diffusion(tmp_path / "known", "text")[0].config
+    assert (sizes.channels, sizes.size, sizes.latents) == (4, 4, "codes")
+    wrong = run_for("detokenizer.py", root, pictures_only, options=options)
+    with pytest.raises(ValueError, match="autoencoder=codes is for text"):
+        setup_detokenizer(wrong)
 
 
 def test_setups_want_a_model():

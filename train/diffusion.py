@@ -3,10 +3,11 @@
 unimm train train/diffusion.py init=runs/stage3 out=runs/diffusion
 
 The language model as the condition, in the manner of MetaQuery and BLIP3-o. Its hidden states of
-the user turn lead a transformer of 4 M parameters (64 px in 8 px squares); the condition is
-dropped for a tenth of the pictures. 0.34 s a step of 32 on one core. To train the language model
-too: 'train=(("decoder.*", 1e-3), ("conditioner.decoder.*", 1e-4), (".*", None))'. The result is
-the model folder with diffusion_text.safetensors (averaged weights) in it.
+the user turn lead a transformer of 4 M parameters; the condition is dropped for a tenth of the
+pictures. The flow ends in the vectors of the model's own image tokenizer, a token a code; in pixels
+with options.autoencoder="" options.patch=8, in the latents of diffusers with a folder. To train the
+language model too: 'train=(("decoder.*", 2e-3), ("conditioner.decoder.*", 1e-4), (".*", None))'. The
+result is the model folder with diffusion_text.safetensors (averaged weights) in it.
 """
 
 from unimm.config import Run, Source
@@ -19,7 +20,8 @@ config = Run(
     setup=setup_diffusion,
     step=flow_matching,
     count=pictures,
-    train=((r"decoder\..*", 1e-3), (r".*", None)),
+    train=((r"decoder\..*", 2e-3), (r".*", None)),
+    optimizer="muon",
     data={"pictures": Source(scenes_pictures, options={"store": "runs/store"})},
     steps=4_000,
     batch_size=64,
@@ -29,8 +31,8 @@ config = Run(
         "dim": 192,
         "layers": 6,
         "heads": 6,
-        "patch": 8,
-        "autoencoder": "",
+        "patch": 1,
+        "autoencoder": "codes",
         "decay": 0.99,
         "prompts": [],
         "guidance": 2.0,

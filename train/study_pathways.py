@@ -4,8 +4,9 @@ unimm train train/study_pathways.py out=runs/pathways        # 3 seeds of each, 
 
 Started once a core, with OMP_NUM_THREADS=1, the processes share the work.
 
-One text decoder, one data mixture and one budget of training FLOPs. The diffusion variant learns
-to understand with half of the budget and to draw with the other, its language model frozen. The
+One text decoder, one image tokenizer, one data mixture and one budget of training FLOPs. The
+diffusion variant learns to understand with half of the budget and to draw with the other, its
+language model frozen; its flow ends in the vectors of the codes that the others choose from. The
 result is table.md, table.csv, curves.png and a grid a variant; stopped, it goes on where it was.
 """
 
@@ -33,14 +34,14 @@ from unimm.training.trainer import train
 HERE = Path(__file__).parent
 WORLD, PIXELS = "scenes-mini", 32
 PIECES: dict[str, Any] = {"store": 8_000, "image_tokenizer": 4_000, "siglip": 200, "words": 20_000}
-FLOPS = 4e13  # of training, for each run: 1,089 steps of "decoupled"
+FLOPS = 8e13  # of training, for each run: 2,178 steps of "decoupled"
 PROTOCOL = {
     "world": WORLD,
     "n": 300,
     "seed": 1000,
     "guidance": 2.0,
     "diffusion_guidance": 2.0,
-    "diffusion_steps": 16,
+    "diffusion_steps": 20,
 }
 DECODER = DecoderConfig(
     vocab_size=0,  # set by `assemble`, as is the number of codes
@@ -91,11 +92,10 @@ def study(shared: Path) -> Study:
         "setup": setup_diffusion,
         "step": flow_matching,
         "count": pictures,
-        "train": ((r"decoder\..*", 1e-3), (r".*", None)),
-        "optimizer": "adamw",
+        "train": ((r"decoder\..*", 2e-3), (r".*", None)),
         "compile": False,
         "data": {"pictures": sources["pictures"]},
-        "options": {"dim": 128, "layers": 4, "heads": 4, "patch": 4},
+        "options": {"autoencoder": "codes", "patch": 1, "dim": 192, "layers": 6, "heads": 6},
     }
     return Study(
         base=base,
