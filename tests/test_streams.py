@@ -28,7 +28,7 @@ def shard(s):
         yield {"broken": "row 3 of shard 2"} if (s, k) == (2, 3) else (s, k)
 
 
-def stream(block=4, held=lambda row: False, shards=(0, 1, 2, 3, 4), seed=3):
+def stream(block=4, held=None, shards=(0, 1, 2, 3, 4), seed=3):
     return Stream(
         seed, [partial(shard, s) for s in shards], lambda row, rng: (row, rng.random()), held, block
     )
@@ -107,6 +107,9 @@ def test_what_is_held_out_is_never_trained_on():
     rows = stream(held=lambda row: row[1] == 0)
     assert {row for row in of(take(rows, 60))} == {row for row in ROWS if row[1] != 0}
     assert len(rows.kept) == 4 and of(take(SimpleRows(rows), 4)) == rows.kept
+    read = []
+    free = Stream(3, [lambda: iter(read.append(0) or [1])], lambda row, rng: row)
+    assert free.kept == [] and not read  # nothing is read to find that nothing is held out
     none = stream(held=lambda row: True, shards=(0, 1))
     with pytest.raises(ValueError, match="2 shards hold no sample to train on"):
         none[0]
@@ -161,10 +164,10 @@ def tars(tmp_path):
     return tmp_path
 
 
-def told(rows, count):
-    """Text -> levels of the picture, of the next samples."""
+def told(rows, count, first=0):
+    """Text -> levels of the picture, of samples `first` and on."""
     found = {}
-    for i in range(count):
+    for i in range(first, first + count):
         said, shown = rows[i]["messages"][::-1]
         picture = next(part["image"] for part in shown["content"] if "image" in part)
         found[said["content"][0]["text"]] = np.asarray(picture)
@@ -241,8 +244,9 @@ def test_the_datasets_library_loaded_and_streamed(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     data = datasets.Dataset.from_dict(
         {
-            "image": [{"bytes": sample_bytes(k), "path": None} for k in range(12)],
-            "text": [f"number {k}" for k in range(12)],
+            "image": [{"bytes": sample_bytes(k), "path": None} for k in range(12)]
+            + [{"bytes": b"no picture", "path": None}],
+            "text": [f"number {k}" for k in range(12)] + ["broken"],
         },
         features,
     )
@@ -255,7 +259,15 @@ def test_the_datasets_library_loaded_and_streamed(tmp_path):
             rows = readers.huggingface(
                 RUN, str(tmp_path / folder), task="describe", stream=stream, block=5
             )
-            check_samples(told(rows, 12))
+            found, wrong = {}, []
+            for i in range(13):
+                try:
+                    found |= told(rows, 1, i)
+                except ValueError as error:
+                    wrong.append(str(error))
+            check_samples(found)
+            assert len(wrong) == 1 and "cannot be read as an image" in wrong[0]
+    assert "broken" in wrong[0]
     assert len(rows.shards) == 3  # a file each
     rows = readers.huggingface(RUN, str(tmp_path / "files"), keep=0.3, stream=True)
     assert 0 < len(rows.kept) < 12

@@ -9,6 +9,7 @@ give those.
 import csv
 import glob
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable
@@ -326,7 +327,7 @@ def webdataset(
 
     if stream:
         opened = [partial(tar_stream, shard) for shard in shards]
-        return Stream(run.seed, opened, make, held_out(keep, key), block)
+        return Stream(run.seed, opened, make, held_out(keep, key) if keep else None, block)
     rows = [row for shard in shards for row in tar_samples(shard)]
     return divided(run, rows, make, keep, key, path)
 
@@ -359,14 +360,22 @@ def huggingface(
         data = data.to_iterable_dataset(min(64, len(data))) if stream else data
     else:
         data = datasets.load_dataset(path, name or None, split=split, streaming=stream)
+    if isinstance((data.features or {}).get(image), datasets.Image):  # opened one by one, in `make`
+        data = data.cast_column(image, datasets.Image(decode=False))
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
-        return pictured(row[image], row[text], task, rng)
+        picture = row[image]
+        if isinstance(picture, dict) and picture.get("bytes"):
+            picture = open_image(io.BytesIO(picture["bytes"]), name=in_short(row))
+        elif isinstance(picture, dict):
+            picture = open_image(picture["path"])
+        return pictured(picture, row[text], task, rng)
 
     if stream:
         count = data.num_shards
         shards: list[Any] = [partial(data.shard, count, k) for k in range(count)]
-        return Stream(run.seed, shards, make, held_out(keep, lambda row: str(row[text])), block)
+        held = held_out(keep, lambda row: str(row[text])) if keep else None
+        return Stream(run.seed, shards, make, held, block)
     by_number = lambda k, rng: make(data[k], rng)  # noqa: E731
     return divided(run, list(range(len(data))), by_number, keep, str, path)
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from unimm.data.images import open_image
 from unimm.data.sources import VALIDATION
 
-KEPT = 256  # of the rows held out, as many are looked at
+KEPT, LOOKED = 256, 10_000  # rows held out that are shown, and rows in which they are looked for
 PASSES = 10  # a rank may draw shards without a row, but not for so many passes
 Shard = Callable[[], Iterable[Any]]  # opened, it gives its rows in order
 
@@ -28,9 +28,10 @@ class Stream:
     """What makes samples of the rows of shards, as `readers.Rows` does of rows in memory.
 
     `[i]` is this process's next row, whatever i is. With several ranks each reads shards of its
-    own, or, where there are fewer shards than ranks, a row in so many of all. `held(row)` rows are
-    left out of training; the first `KEPT` of them are given from VALIDATION on. A row that is
-    {"broken": reason} raises ValueError. block: rows that are mixed with each other.
+    own, or, where there are fewer shards than ranks, a row in so many of all. Rows that are
+    `held(row)` are left out of training (None: no row is); the first of them are given from
+    VALIDATION on. A row that is {"broken": reason} raises ValueError. block: rows that are mixed
+    with each other.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Stream:
         seed: int,
         shards: Sequence[Shard],
         make: Callable[[Any, np.random.Generator], Any],
-        held: Callable[[Any], bool],
+        held: Callable[[Any], bool] | None = None,
         block: int = 1000,
     ):
         if block < 1:
@@ -53,10 +54,11 @@ class Stream:
 
     @property
     def kept(self) -> list[Any]:
-        """Rows held out, the first `KEPT` of all shards."""
+        """Rows held out, up to `KEPT` of the first `LOOKED`."""
         if self._kept is None:
-            rows = (row for shard in self.shards for row in shard() if self._is_held(row))
-            self._kept = list(islice(rows, KEPT))
+            first = islice((row for shard in self.shards for row in shard()), LOOKED)
+            found = (row for row in first if self._is_held(row)) if self.held else iter(())
+            self._kept = list(islice(found, KEPT))
         return self._kept
 
     def __getitem__(self, i: int) -> Any:
@@ -119,7 +121,7 @@ class Stream:
                     yield [turn, s, k + 1], row
 
     def _is_held(self, row: Any) -> bool:
-        return not _is_broken(row) and self.held(row)
+        return self.held is not None and not _is_broken(row) and self.held(row)
 
     def _made(self, row: Any, rng: np.random.Generator) -> Any:
         if _is_broken(row):
@@ -226,6 +228,8 @@ def _grouped(files: Iterable[tuple[str, Place]]) -> Iterator[TarSample]:
 
 def in_short(row: Any) -> str:
     """A row in so few words that it is known again."""
+    if isinstance(row, dict):
+        row = {k: v for k, v in row.items() if isinstance(v, str | int | float | list | Place)}
     return " ".join(str(row)[:120].split())
 
 
