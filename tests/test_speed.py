@@ -141,6 +141,17 @@ def test_an_engine_without_kernel_fuses_and_the_model_goes_on_training(monkeypat
     torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
     after = drawn(engine, settings)
     assert after != expected and after == drawn(by_torch(model, processor), settings)
+    second = Engine(model, processor)  # which finds the matrices as the first has put them
+    places = [p.data_ptr() for p in model.parameters()]
+    assert drawn(second, settings) == drawn(engine, settings) == after
+    assert places == [p.data_ptr() for p in model.parameters()]
+    for one, two in zip(engine._stepper.fused.layers, second._stepper.fused.layers, strict=True):
+        assert one.qkv.data_ptr() == two.qkv.data_ptr() and one.qkv.shape == two.qkv.shape
+        assert torch.equal(two.gate_up, torch.cat([one.block.mlp.gate_proj.weight,
+                                                   one.block.mlp.up_proj.weight]))  # fmt: skip
+    with torch.inference_mode():
+        born = tiny_model()
+    assert drawn(Engine(*born), settings) == expected  # as its weights are not to be moved
     save_model(tmp_path, model, processor)
     again = load_model(tmp_path)
     assert drawn(by_torch(*again[:2]), settings) == after

@@ -6,7 +6,10 @@ import io
 import json
 import tarfile
 import threading
+import zipfile
 from functools import partial
+from http.client import IncompleteRead
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,6 +130,72 @@ class SimpleRows:
         return self.rows[VALIDATION + i]
 
 
+def test_what_a_shard_cannot_give_is_told_and_asked_for_again(monkeypatch):
+    """A line that drops once is taken up where it dropped; one that stays dead ends the shard."""
+    monkeypatch.setattr(streams, "PAUSES", (0.0, 0.0))
+    failures = {"left": 0}
+
+    def fragile(s):
+        for k in range(5):
+            if (s, k) == (1, 3) and failures["left"]:
+                failures["left"] -= 1
+                raise (ConnectionError, IncompleteRead)[failures["left"] % 2](b"line dropped")
+            yield (s, k)
+
+    def read():
+        rows, found, wrong = (
+            Stream(3, [partial(fragile, s) for s in range(3)], lambda r, g: r),
+            [],
+            [],
+        )
+        while True:
+            try:
+                row = rows[0]
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            if rows.begin[0]:
+                return found, wrong
+            found.append(row)
+
+    whole = sorted((s, k) for s in range(3) for k in range(5))
+    failures["left"] = 2
+    found, wrong = read()
+    assert sorted(found) == whole and not wrong
+    failures["left"] = 3
+    found, wrong = read()
+    assert sorted(found) == [row for row in whole if row not in ((1, 3), (1, 4))]
+    assert len(wrong) == 1 and "after 3 rows of a shard" in wrong[0] and "dropped" in wrong[0]
+
+
+def test_other_shards_or_fewer_rows_after_a_stop():
+    rows = stream(4)
+    take(rows, 9)
+    state = rows.state()
+    other = stream(4, shards=(0, 1, 2, 4))
+    other.restore(state)
+    assert other.next == [1, 0, 0] and sorted(of(take(other, 20))) == sorted(ROWS)
+    short = stream(100)
+    take(short, 19)
+    state = short.state()
+    short.shards = [partial(islice, range(3), 2) for _ in SIZES]
+    with pytest.raises(ValueError, match="fewer rows than before"):
+        short.restore(state)
+
+
+def test_every_rank_meets_every_source():
+    """However regular the order of sources is: their streams are divided among the ranks."""
+    for ranks in (2, 3, 4):
+        every = [
+            Mixture({"a": range(10**9), "b": range(10**9)}, {"a": 1, "b": 1}).draw(12, r, ranks)
+            for r in range(ranks)
+        ]
+        for mine in every:
+            assert {name for (name, _), _ in mine} == {"a", "b"} and len(mine) == 12 // ranks
+        whole = Mixture({"a": range(10**9), "b": range(10**9)}, {"a": 1, "b": 1}).draw(12)
+        assert [pair for mine in every for pair in mine] == whole
+
+
 def test_a_mixture_with_a_stream_goes_on(tmp_path):
     def mixture():
         sources = {"numbers": range(10**10), "rows": stream()}
@@ -181,7 +250,7 @@ def check_samples(found):
         assert (found[f"number {k}"] == expected).all()
 
 
-def test_tar_shards_are_streamed_from_files_and_addresses(tars):
+def test_tar_shards_are_streamed_from_files_and_addresses(tars, monkeypatch):
     read = partial(readers.webdataset, RUN, task="describe", stream=True, block=5)
     check_samples(told(read(f"{tars}/t-*.tar"), 12))
     check_samples(
@@ -196,6 +265,7 @@ def test_tar_shards_are_streamed_from_files_and_addresses(tars):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         place = f"http://127.0.0.1:{server.server_port}/t-{{00..02}}.tar"
         check_samples(told(read(place), 12))
+        monkeypatch.setattr(streams, "PAUSES", ())
         missing = read(f"http://127.0.0.1:{server.server_port}/t-{{07..07}}.tar")
         with pytest.raises(ValueError, match="t-07.tar cannot be read.*404"):
             missing[0]
@@ -228,6 +298,56 @@ def test_a_shard_that_breaks_off_gives_what_it_has(tars):
     assert found.keys() == {f"number {k}" for k in range(7)}  # not 7, which is cut short
     assert {next(n for n in ("t-01", "t-02") if n in line) for line in wrong} == {"t-01", "t-02"}
     assert all("cannot be read as a tar file" in line for line in wrong)
+
+
+@pytest.mark.parametrize("what", ["header", "cut in a header", "no end"])
+def test_damage_between_samples_is_no_end(tars, what):
+    """tarfile alone takes a header that is none for the end of the file."""
+    shard = tars / "t-01.tar"
+    whole = shard.read_bytes()
+    place = whole.index(b"00006.png")
+    damaged = {
+        "header": whole[:place] + b"\xff" * 512 + whole[place + 512 :],
+        "cut in a header": whole[: place + 100],
+        "no end": whole[:place],
+    }[what]
+    shard.write_bytes(damaged)
+    found, wrong = {}, []
+    rows = readers.webdataset(RUN, str(shard), task="describe", stream=True)
+    for _ in range(6):
+        try:
+            found |= told(rows, 1)
+        except ValueError as error:
+            wrong.append(str(error))
+    assert found.keys() == {"number 4", "number 5"}
+    assert len(wrong) == 2 and all("t-01.tar cannot be read" in line for line in wrong)
+    if what != "no end":  # which is all that is there
+        with pytest.raises(ValueError, match="t-01.tar (cannot be read|is cut short)"):
+            readers.webdataset(RUN, str(shard))
+
+
+def test_links_in_a_shard_are_passed_over(tars):
+    path = tars / "t-00.tar"
+    files = list(streams.tar_stream(str(path)))
+    with tarfile.open(path, "w") as tar:
+        for k, row in enumerate(files):
+            for ending, place in row.items():
+                info = tarfile.TarInfo(f"{k:05d}.{ending}")
+                info.size = place.size
+                tar.addfile(info, io.BytesIO(place.data))
+            link = tarfile.TarInfo(f"{k:05d}.link")
+            link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
+            tar.addfile(link)
+    for stream in (False, True):
+        rows = readers.webdataset(RUN, f"{tars}/t-*.tar", task="describe", stream=stream)
+        check_samples(told(rows, 12))
+
+
+def test_what_can_only_be_streamed_says_so(tars):
+    for path in (f"{tars}/t-00.tar.gz", "https://somewhere/t-00.tar?download=true"):
+        (tars / "t-00.tar.gz").write_bytes(b"")
+        with pytest.raises(ValueError, match="can only be streamed: stream=True"):
+            readers.own(RUN, path)
 
 
 def test_stream_is_for_what_can_be_streamed(tars):
@@ -271,3 +391,22 @@ def test_the_datasets_library_loaded_and_streamed(tmp_path):
     assert len(rows.shards) == 3  # a file each
     rows = readers.huggingface(RUN, str(tmp_path / "files"), keep=0.3, stream=True)
     assert 0 < len(rows.kept) < 12
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for k in range(12):
+            archive.writestr(f"{k}.png", sample_bytes(k))
+        lines = [{"file_name": f"{k}.png", "text": f"number {k}"} for k in range(12)]
+        archive.writestr("metadata.jsonl", "\n".join(map(json.dumps, lines)))
+    (tmp_path / "zipped").mkdir()
+    (tmp_path / "pictures.zip").rename(tmp_path / "zipped/train.zip")
+    for stream in (False, True):
+        check_samples(
+            told(readers.huggingface(RUN, f"{tmp_path}/zipped", task="describe", stream=stream), 12)
+        )
+    kept = []
+    for stream in (False, True):
+        rows = readers.huggingface(
+            RUN, f"{tmp_path}/saved", task="describe", keep=0.4, keep_by="text", stream=stream
+        )
+        words = [row["text"] if stream else data["text"][row] for row in rows.kept]
+        kept.append(set(words))
+    assert kept[0] == kept[1] and 0 < len(kept[0]) < 12

@@ -190,7 +190,7 @@ def test_the_mixture_is_exact_and_can_skip():
     later.skip(1234)
     assert later.take(50) == stream[1234:1284]
     halves = [Mixture(sources, names).take(100, rank, 2) for rank in (0, 1)]
-    assert [x for pair in zip(*halves, strict=True) for x in pair] == stream[:100]
+    assert [x for half in halves for x in half] == stream[:100]
 
 
 def test_prepare_gets_a_generator_of_its_position():

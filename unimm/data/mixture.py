@@ -67,7 +67,7 @@ class Mixture:
         for offset in range(count):
             position = self.position
             name, index = self.next_name()
-            if offset % ranks == rank:
+            if offset * ranks // count == rank:  # a run of them, in which all sources are
                 mine.append(self._sample(name, index, position))
         return mine
 

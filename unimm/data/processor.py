@@ -133,6 +133,8 @@ class Processor:
         """
         t = self.template
         turns = [checked(message) for message in messages]
+        if not turns:
+            raise ValueError("a conversation has one message or more")
         prompt = t.worded and answer is not None  # then earlier answers are hidden words too
         slots = Slots()
         slots.text([t.bos])

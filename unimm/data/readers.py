@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -108,10 +109,11 @@ def own(
     keep_by: str = "",
     codes: str = "",
     stream: bool = False,
+    block: int = 1000,
 ) -> Rows | Stream:
     """What is at `path`, by its looks: a folder, tar shards, messages, questions, or an index.
 
-    image, text and keep_by are for an index, see `captions`; stream for tar shards, see
+    image, text and keep_by are for an index, see `captions`; stream and block for tar shards, see
     `webdataset`; task for all that has captions, and codes too: a folder of code shards, whose
     codes drawn pictures get without being opened.
     """
@@ -120,9 +122,9 @@ def own(
             "say where the data is: data.mine.path=INDEX.jsonl (or a folder, or *.tar)"
         )
     of_index = {"image": image != "file", "text": text != "text", "keep_by": bool(keep_by)}
-    if path.endswith((".tar", ".tar.gz", ".tgz")):
+    if urlsplit(path).path.endswith((".tar", ".tar.gz", ".tgz")):
         refuse(of_index, "tar shards")
-        return webdataset(run, path, task, keep, codes, stream)
+        return webdataset(run, path, task, keep, codes, stream, block)
     if stream:
         raise ValueError("stream is for tar shards (*.tar), and for readers.huggingface")
     if Path(path).is_dir():
@@ -340,6 +342,7 @@ def huggingface(
     text: str = "text",
     task: str = "both",
     keep: float = 0.0,
+    keep_by: str = "",
     name: str = "",
     stream: bool = False,
     block: int = 1000,
@@ -347,7 +350,9 @@ def huggingface(
     """A data set of the `datasets` library: a Hub id, a folder of files that it can read, or a
     folder that `save_to_disk` wrote.
 
-    name: its configuration. With `stream` nothing is loaded ahead: see `webdataset`.
+    name: its configuration. keep_by: a column whose values are held out whole; by default rows are
+    by their number, and of a stream by their picture. With `stream` nothing is loaded ahead: see
+    `webdataset`.
     """
     try:
         import datasets
@@ -367,17 +372,21 @@ def huggingface(
         picture = row[image]
         if isinstance(picture, dict) and picture.get("bytes"):
             picture = open_image(io.BytesIO(picture["bytes"]), name=in_short(row))
-        elif isinstance(picture, dict):
-            picture = open_image(picture["path"])
+        elif isinstance(picture, dict):  # where it lies, which may be in an archive
+            picture = open_image(datasets.Image().decode_example(picture))
         return pictured(picture, row[text], task, rng)
+
+    def key(row: Row) -> str:
+        shown = row[keep_by or image]
+        return str((shown.get("bytes") or shown.get("path")) if isinstance(shown, dict) else shown)
 
     if stream:
         count = data.num_shards
         shards: list[Any] = [partial(data.shard, count, k) for k in range(count)]
-        held = held_out(keep, lambda row: str(row[text])) if keep else None
-        return Stream(run.seed, shards, make, held, block)
+        return Stream(run.seed, shards, make, held_out(keep, key) if keep else None, block)
+    values = data[keep_by] if keep_by else range(len(data))
     by_number = lambda k, rng: make(data[k], rng)  # noqa: E731
-    return divided(run, list(range(len(data))), by_number, keep, str, path)
+    return divided(run, list(range(len(data))), by_number, keep, lambda k: str(values[k]), path)
 
 
 def pictures(run: Any, path: str, image: str = "file", keep: float = 0.1) -> Rows:

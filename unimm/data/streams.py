@@ -6,10 +6,12 @@ every pass and rows are mixed in blocks, so where it stands is told by a few num
 
 import io
 import tarfile
+import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from http.client import HTTPException
 from itertools import islice
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +23,7 @@ from unimm.data.sources import VALIDATION
 
 KEPT, LOOKED = 256, 10_000  # rows held out that are shown, and rows in which they are looked for
 PASSES = 10  # a rank may draw shards without a row, but not for so many passes
+PAUSES = (1.0, 4.0)  # seconds before a shard that could not be read is opened again
 Shard = Callable[[], Iterable[Any]]  # opened, it gives its rows in order
 
 
@@ -30,8 +33,8 @@ class Stream:
     `[i]` is this process's next row, whatever i is. With several ranks each reads shards of its
     own, or, where there are fewer shards than ranks, a row in so many of all. Rows that are
     `held(row)` are left out of training (None: no row is); the first of them are given from
-    VALIDATION on. A row that is {"broken": reason} raises ValueError. block: rows that are mixed
-    with each other.
+    VALIDATION on. A row that is {"broken": reason} raises ValueError; where a shard cannot be read
+    any further, that is its last row. block: rows that are mixed with each other.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Stream:
     def kept(self) -> list[Any]:
         """Rows held out, up to `KEPT` of the first `LOOKED`."""
         if self._kept is None:
-            first = islice((row for shard in self.shards for row in shard()), LOOKED)
+            first = islice((row for shard in self.shards for row in rows_of(shard)), LOOKED)
             found = (row for row in first if self._is_held(row)) if self.held else iter(())
             self._kept = list(islice(found, KEPT))
         return self._kept
@@ -78,15 +81,18 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """Where this rank stands, JSON-able."""
-        return {"begin": self.begin, "block": self.block, "taken": self.taken, "ranks": self.ranks}
+        place = {"begin": self.begin, "block": self.block, "taken": self.taken}
+        return {**place, "ranks": self.ranks, "shards": len(self.shards)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there; with another number of ranks, with the next pass over the data."""
-        if state["ranks"] != self.ranks:
+        """Go on from there; with another number of ranks or shards, with the next pass."""
+        if (state["ranks"], state["shards"]) != (self.ranks, len(self.shards)):
             return self._go_to([state["begin"][0] + 1, 0, 0], state["block"])
         self._go_to(state["begin"], max(state["block"], 0) - 1)
         if state["block"] >= 0:
             self._next_block()
+            if state["taken"] > len(self.rows):
+                raise ValueError("the shards of a stream hold fewer rows than before the stop")
             self.taken = state["taken"]
 
     def _go_to(self, place: list[int], block: int) -> None:
@@ -115,7 +121,7 @@ class Stream:
         order = np.random.default_rng((self.seed, 23, turn)).permutation(len(self.shards))
         mine = order[self.rank :: self.ranks] if by_shard else order
         for s in range(first, len(mine)):
-            for k, row in enumerate(self.shards[mine[s]]()):
+            for k, row in enumerate(rows_of(self.shards[mine[s]])):
                 is_mine = by_shard or k % self.ranks == self.rank
                 if (s, k) >= (first, begin) and is_mine and not self._is_held(row):
                     yield [turn, s, k + 1], row
@@ -130,6 +136,25 @@ class Stream:
             return self.make(row, rng)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{in_short(row)}: {error!r}") from None
+
+
+def rows_of(shard: Shard) -> Iterator[Any]:
+    """The rows of a shard; where it breaks off, the last one is {"broken"}.
+
+    What an address or a disk refuses is tried again, from the row that is wanted.
+    """
+    count = 0
+    for pause in (*PAUSES, None):
+        try:
+            for row in islice(shard(), count, None):
+                count += 1
+                yield row
+            return
+        except Exception as error:
+            if pause is None or not isinstance(error, OSError | HTTPException):
+                yield {"broken": f"after {count} rows of a shard: {' '.join(str(error).split())}"}
+                return
+            time.sleep(pause)
 
 
 # -------------------------------------------------------------------------------- tar shards
@@ -169,32 +194,67 @@ def tar_samples(shard: str) -> Iterator[TarSample]:
 
     Raises ValueError for what is no tar file, or is cut short.
     """
+    if shard.endswith((".gz", ".tgz")) or "://" in shard:
+        raise ValueError(f"{shard} can only be streamed: stream=True")
     try:
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(shard, "rb") as file, tarfile.open(fileobj=file, tarinfo=Header) as tar:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            yield from _grouped(_checked(tar, shard, size))
+            yield from _grouped(_places(tar, shard, size))
     except tarfile.TarError as error:
         raise ValueError(f"{shard} cannot be read as a tar file: {error}") from None
 
 
-def tar_stream(shard: str) -> Iterator[TarSample | dict[str, str]]:
+def tar_stream(shard: str) -> Iterator[TarSample]:
     """The samples of a tar file (which may be compressed), or of an http(s) address, with their
-    bytes, in one pass and without going back. Where it breaks off the last row is {"broken"}."""
-    wrong: list[str] = []
+    bytes, in one pass and without going back.
+
+    Raises ValueError where it is damaged or breaks off, and OSError where it cannot be read, after
+    the samples before that place.
+    """
+    wrong: list[Exception] = []
 
     def files() -> Iterator[tuple[str, Place]]:
         try:
-            with closing(_open(shard)) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+            with (
+                closing(_open(shard)) as file,
+                tarfile.open(fileobj=file, mode="r|*", tarinfo=WholeHeader) as tar,
+            ):
                 for member in tar:
-                    if (opened := tar.extractfile(member)) is not None:
+                    if member.isfile() and (opened := tar.extractfile(member)) is not None:
                         place = Place(shard, member.offset_data, member.size, opened.read())
                         yield member.name, place
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            wrong.append(f"{shard} cannot be read as a tar file: {error}")
+                    tar.members = []  # type: ignore[attr-defined]  # which it would keep
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            wrong.append(ValueError(f"{shard} cannot be read as a tar file: {error}"))
+        except (OSError, HTTPException) as error:
+            wrong.append(OSError(f"{shard} cannot be read: {error!r}"))
 
     yield from _grouped(files())
-    yield from ({"broken": reason} for reason in wrong)
+    for error in wrong:
+        raise error
+
+
+class Header(tarfile.TarInfo):
+    """A header that is damaged is an error wherever it stands, not the end of the file."""
+
+    bad: tuple[type[Exception], ...] = (
+        tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+        tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+    )
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "Header":
+        try:
+            return super().fromtarfile(tarfile_)
+        except cls.bad as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+class WholeHeader(Header):
+    """And there is one that says where the file ends."""
+
+    bad = (*Header.bad, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
 
 
 def _open(shard: str) -> IO[bytes]:
@@ -203,7 +263,7 @@ def _open(shard: str) -> IO[bytes]:
     return open(shard, "rb")
 
 
-def _checked(tar: tarfile.TarFile, shard: str, size: int) -> Iterator[tuple[str, Place]]:
+def _places(tar: tarfile.TarFile, shard: str, size: int) -> Iterator[tuple[str, Place]]:
     for member in tar:
         if member.isfile():
             if member.offset_data + member.size > size:

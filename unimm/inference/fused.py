@@ -1,10 +1,11 @@
 """The decoder step in torch alone, with fewer and larger operations; what is done without a kernel.
 
-A layer's query, key and value matrices become one, as do its gate and up matrices. Nothing is kept
+A layer's query, key and value matrices become one, as do its gate and up matrices. None is kept
 twice: the parameters of the model become views of these.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ GATE_UP = ("gate_proj", "up_proj")
 
 @dataclass
 class Layer:
-    qkv: Tensor  # ((H + 2 K) E, D)
+    qkv: Any  # ((H + 2 K) E, D)
     qkv_bias: Tensor | None
     heads: Tensor | None  # (H + K, E), the norms of query and key heads
-    gate_up: Tensor  # (2 hidden, D)
+    gate_up: Any  # (2 hidden, D)
     gate_up_bias: Tensor | None
     block: Any
 
@@ -79,22 +80,38 @@ def make_fused(decoder: Decoder) -> Fused | None:
         for layer in parts:
             if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
                 return None
-            if type(layer.weight) is not nn.Parameter:
+            if type(layer.weight) is not nn.Parameter or layer.weight.is_inference():
                 return None
     with torch.inference_mode(False), torch.no_grad():
         return Fused(decoder)
 
 
-def joined(parent: nn.Module, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+def joined(parent: nn.Module, names: tuple[str, ...]) -> tuple[Any, Tensor | None]:
     """Weights and biases of linear layers in one; the layers' own become views of it."""
     parts = [getattr(parent, name) for name in names]
-    weight = torch.cat([part.weight for part in parts])
-    sizes = [len(part.weight) for part in parts]
-    for part, view in zip(parts, weight.split(sizes), strict=True):
-        part.weight.data = view
-    if parts[0].bias is None:
-        return weight, None
-    return weight, torch.cat([part.bias for part in parts])
+    return as_one([part.weight for part in parts]), as_one([part.bias for part in parts])
+
+
+def as_one(parts: list[Any]) -> Tensor | None:
+    """Parameters in one tensor, end to end, of which they become views (None of none).
+
+    Those that lie so already, as another engine of the model has put them, stay where they are.
+    """
+    first = parts[0]
+    if first is None:
+        return None
+    places = {part.untyped_storage().data_ptr() for part in parts}
+    follow = all(
+        a.data_ptr() + a.numel() * a.element_size() == b.data_ptr() and a.is_contiguous()
+        for a, b in pairwise(parts)
+    )
+    shape = (sum(len(part) for part in parts), *first.shape[1:])
+    if len(places) == 1 and follow and parts[-1].is_contiguous():
+        return first.detach().as_strided(shape, first.stride(), first.storage_offset())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = view
+    return whole
 
 
 def added(x: Tensor, y: Tensor, layer: nn.Linear) -> Tensor:

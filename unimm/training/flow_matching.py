@@ -154,13 +154,12 @@ def setup_diffusion(run: Run) -> Parts:
         picture = messages[-1]["content"][-1]
         if messages[-1]["role"] != "assistant" or picture["type"] != "image":
             raise ValueError("diffusion learns from conversations that end in a drawn picture")
-        if by_codes and picture.get("codes") is not None:
-            pixels = torch.as_tensor(np.asarray(picture["codes"], np.int64))
-        else:
+        if not by_codes:
             pixels = processor.drawn_pixels(picture["image"])
-        if by_codes and pixels.is_floating_point():
-            assert processor.image_tokenizer is not None
-            pixels = processor.image_tokenizer.encode(pixels[None])[0]
+        elif picture.get("codes") is None:
+            pixels = torch.as_tensor(processor.codes(picture["image"]))
+        else:
+            pixels = torch.as_tensor(processor.checked_codes(picture["codes"]))
         sample = processor.encode(messages[:-1], answer="image")
         return randomised(flow.decoder.config, pixels, sample, rng, run.drop_prompt)
 

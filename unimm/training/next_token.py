@@ -27,7 +27,7 @@ from unimm.training.adapters import (
     merged_copy,
     save_adapters,
 )
-from unimm.training.previews import held_out_nats, show
+from unimm.training.previews import HeldOut, held_out_nats, held_out_rows, show
 from unimm.training.trainer import Parts, rate_of
 
 
@@ -102,10 +102,14 @@ def unified_parts(
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Sample:
         return drop_prompt(learnable(processor, item["messages"]), processor, run.drop_prompt, rng)
 
+    held_out: list[HeldOut] = []  # read once
+
     def preview(folder: Path, step: int) -> dict[str, float]:
+        rows = held_out[0] if held_out else held_out_rows(run, processor)
+        held_out[:] = [rows]
         with torch.compiler.set_stance("force_eager"):
-            shown = show(run, merged_copy(model), processor, folder, step)
-            return shown | held_out_nats(run, model, processor)
+            shown = show(run, merged_copy(model), processor, rows, folder, step)
+            return shown | held_out_nats(run, model, processor, rows)
 
     def save(folder: Path) -> None:
         if run.lora and not run.lora_merge:

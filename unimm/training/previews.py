@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 
 from unimm.config import Run
-from unimm.data.processor import Message, Processor, to_picture, user
+from unimm.data.processor import Message, Processor, Sample, checked, draws, to_picture, user
 from unimm.data.sources import VALIDATION
 from unimm.inference.engine import Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.sampling import Settings
 from unimm.model.unified import KINDS, UnifiedModel
 
+HeldOut = dict[str, list[tuple[list[Message], Sample]]]  # by source
 LONGEST = 48  # text tokens of an answer in a preview
 
 
 def show(
-    run: Run, model: UnifiedModel, processor: Processor, folder: Path, step: int
+    run: Run,
+    model: UnifiedModel,
+    processor: Processor,
+    rows: HeldOut,
+    folder: Path,
+    step: int,
 ) -> dict[str, float]:
     """Draw and answer what is fixed for the whole run; returns metrics.
 
@@ -29,16 +35,16 @@ def show(
     as many held-out questions. preview-STEP.png has the pictures, eight a row, and preview-STEP.txt
     says what each is of, and the answers beside those that the data has.
     """
-    talks = list(held_out_turns(run, int(run.options.get("previews", 0))))
+    turns = list(fixed_turns(rows, processor, int(run.options.get("previews", 0))))
     prompts = [[user(text)] for text in run.options.get("prompts") or ()]
-    prompts += [talk for talk, answer in talks if answer is None]
+    prompts += [talk for talk, answer in turns if answer is None]
     lines, found = [], {}
     if prompts and processor.image_tokenizer is not None:
         codes = draw_codes(model, processor, prompts, run.options.get("guidance", 2.0))
         save_grid(processor.pixels(codes), folder / f"preview-{step:06d}.png", columns=8)
         found["preview_different_codes"] = float(len({code for one in codes for code in one}))
         lines += [f"drawn {k + 1}: {words_of(talk)}" for k, talk in enumerate(prompts)]
-    asked = [(talk, answer) for talk, answer in talks if answer is not None]
+    asked = [(talk, answer) for talk, answer in turns if answer is not None]
     if asked:
         said = answer_texts(model, processor, [talk for talk, _ in asked])
         found["preview_answers_exact"] = sum(
@@ -46,50 +52,53 @@ def show(
             for text, (_, expected) in zip(said, asked, strict=True)
         ) / len(asked)
         for text, (talk, expected) in zip(said, asked, strict=True):
-            lines.append(f"asked: {words_of(talk)} | answered: {text} | in the data: {expected}")
+            told = " ".join(text.split())
+            lines.append(f"asked: {words_of(talk)} | answered: {told} | in the data: {expected}")
     if lines:
         path = folder / f"preview-{step:06d}.txt"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return found
 
 
-def held_out_turns(run: Run, most: int) -> Iterator[tuple[list[Message], str | None]]:
-    """The first held-out conversations up to the assistant's first turn, with what it says there
-    (None where it draws): at most `most` of each of the two."""
-    left = {"drawn": most, "said": most}
-    for rows in held_out_rows(run, 8 * most).values():
-        for messages in rows:
-            end = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), 0)
-            content = messages[end]["content"]
-            parts = [{"text": content}] if isinstance(content, str) else content
-            drawn = any("image" in part or "codes" in part for part in parts)
-            kind = "drawn" if drawn else "said"
-            if end and left[kind]:
-                left[kind] -= 1
-                said = " ".join(" ".join(part["text"] for part in parts if "text" in part).split())
-                yield messages[:end], None if drawn else said
-
-
-def held_out_rows(run: Run, most: int = 256) -> dict[str, list[list[Message]]]:
-    """Up to `most` conversations that each source holds out (its `kept` rows)."""
-    found: dict[str, list[list[Message]]] = {}
+def held_out_rows(run: Run, processor: Processor, most: int = 256) -> HeldOut:
+    """Up to `most` conversations that each source holds out (its `kept` rows); those that cannot
+    be read are left out."""
+    found: HeldOut = {}
     for name, source in run.data.items():
-        rows = source.make(run, **source.options)
-        for i in range(min(most, len(getattr(rows, "kept", ())))):
-            with suppress(ValueError, OSError):  # a broken row is no reason to stop a run
-                found.setdefault(name, []).append(rows[VALIDATION + i]["messages"])
+        with suppress(ValueError, OSError):  # no reason to stop a run
+            rows = source.make(run, **source.options)
+            for i in range(min(most, len(getattr(rows, "kept", ())))):
+                with suppress(ValueError, OSError):
+                    messages = rows[VALIDATION + i]["messages"]
+                    found.setdefault(name, []).append((messages, processor.encode(messages)))
     return found
 
 
-def held_out_nats(run: Run, model: UnifiedModel, processor: Processor) -> dict[str, float]:
+def fixed_turns(
+    rows: HeldOut, processor: Processor, most: int
+) -> Iterator[tuple[list[Message], str | None]]:
+    """The first held-out conversations up to the assistant's first turn, with what it says there
+    (None where it draws): at most `most` of each of the two."""
+    left = {"drawn": most, "said": most}
+    for messages, _ in (row for of_source in rows.values() for row in of_source):
+        turns = [checked(message) for message in messages]
+        end = next((k for k, (role, _) in enumerate(turns) if role == "assistant"), 0)
+        answer = turns[end]
+        kind = "drawn" if draws(*answer) else "said"
+        if end and left[kind]:
+            left[kind] -= 1
+            said = " ".join(" ".join(part.get("text", "") for part in answer[1]).split())
+            yield messages[:end], None if kind == "drawn" else said
+
+
+def held_out_nats(
+    run: Run, model: UnifiedModel, processor: Processor, rows: HeldOut
+) -> dict[str, float]:
     """Nats a scored slot on what the sources hold out, by source and kind."""
     found = {}
-    for name, rows in held_out_rows(run).items():
+    for name, of_source in rows.items():
         sums = {kind: [0.0, 0.0] for kind in KINDS}
-        samples = []
-        for messages in rows:
-            with suppress(ValueError, OSError):  # its picture may be broken
-                samples.append(processor.encode(messages))
+        samples = [sample for _, sample in of_source]
         for k in range(0, len(samples), run.batch_size):
             batch = processor.collate(samples[k : k + run.batch_size])
             output = model(batch.to(model.decoder.norm.weight.device))

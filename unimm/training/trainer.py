@@ -92,7 +92,7 @@ def train(run: Run) -> Path:
     trained = model if team.sharded else parts.model
     progress = load_checkpoint(out, trained, optimizers, team)
     start = progress["step"]
-    mixture = make_mixture(run, parts, progress, team.rank)
+    mixture = make_mixture(run, parts, progress, team.rank, team.ranks)
     out.mkdir(parents=True, exist_ok=True)
     if team.main:
         write_text(out / "run.json", json.dumps(run.record(), indent=1))
@@ -180,7 +180,9 @@ def checked_folder(run: Run) -> Path:
     return Path(run.out)
 
 
-def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None, rank: int = 0) -> Mixture:
+def make_mixture(
+    run: Run, parts: Parts, progress: dict[str, Any] | None, rank: int = 0, ranks: int = 1
+) -> Mixture:
     """The sources of a run as one stream, from where `progress` is (None: a trial, from 0).
 
     Rows that cannot be read are named in left_out.txt, each once.
@@ -206,11 +208,18 @@ def make_mixture(run: Run, parts: Parts, progress: dict[str, Any] | None, rank: 
     )
     if progress and "mixture" in progress:
         cursor = progress["mixture"]
-        streams = cursor.get("streams") or [{}]
-        mixture.restore({**cursor, "streams": streams[min(rank, len(streams) - 1)]})
+        mixture.restore({**cursor, "streams": streams_of(cursor, rank, ranks)})
     elif progress:
         mixture.skip(progress["step"] * run.batch_size)
     return mixture
+
+
+def streams_of(cursor: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """Where each stream goes on: with other ranks than before, from the furthest of these."""
+    every: list[dict[str, Any]] = cursor.get("streams") or [{}]
+    if len(every) == ranks:
+        return every[rank]
+    return {name: max((e[name] for e in every), key=lambda s: s["begin"]) for name in every[0]}
 
 
 def mixing_weights(run: Run, sources: dict[str, Any]) -> dict[str, float]:
