@@ -5,9 +5,9 @@ unimm train train/diffusion.py init=runs/stage3 out=runs/diffusion
 The language model as the condition, in the manner of MetaQuery and BLIP3-o. Its hidden states of
 the user turn lead a transformer of 4 M parameters; the condition is dropped for a tenth of the
 pictures. The flow ends in the vectors of the model's own image tokenizer, a token a code; in pixels
-with options.autoencoder="" options.patch=8, in the latents of diffusers with a folder. To train the
-language model too: 'train=(("decoder.*", 2e-3), ("conditioner.decoder.*", 1e-4), (".*", None))'. The
-result is the model folder with diffusion_text.safetensors (averaged weights) in it.
+with options.autoencoder="" options.patch=8, in the latents of diffusers with a folder. The language
+model learns too with 'train=(("decoder.*", 2e-3), ("conditioner.decoder.*", 1e-4), (".*", None))'.
+The result is the model folder with diffusion_text.safetensors (averaged weights) in it.
 """
 
 from unimm.config import Run, Source
