@@ -1,6 +1,6 @@
 """Three ways to draw, like for like: decoupled (Janus), shared (Emu3) and a diffusion decoder.
 
-unimm train train/study_pathways.py out=runs/pathways        # 3 seeds of each, 32 px
+unimm compare train/study_pathways.py --out runs/pathways        # 3 seeds of each, 32 px
 
 Started once a core, with OMP_NUM_THREADS=1, the processes share the work.
 
@@ -34,7 +34,7 @@ from unimm.training.trainer import train
 HERE = Path(__file__).parent
 WORLD, PIXELS = "scenes-mini", 32
 PIECES: dict[str, Any] = {"store": 8_000, "image_tokenizer": 4_000, "siglip": 200, "words": 20_000}
-FLOPS = 8e13  # of training, for each run: 2,178 steps of "decoupled"
+FLOPS = 8e13  # of training, for each run: some 2,070 steps of "decoupled"
 PROTOCOL = {
     "world": WORLD,
     "n": 300,
