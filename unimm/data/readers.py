@@ -25,7 +25,7 @@ from unimm.data.codes import CodeShards, made_by
 from unimm.data.images import open_image
 from unimm.data.processor import assistant, cropped, user
 from unimm.data.sources import ASK_CAPTION, VALIDATION
-from unimm.data.streams import Stream, TarSample, in_short, tar_samples, tar_stream
+from unimm.data.streams import Stream, TarSample, in_short, made, tar_samples, tar_stream
 
 Row = dict[str, Any]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -47,12 +47,7 @@ class Rows:
 
     def __getitem__(self, i: int) -> Any:
         rows, turn, k = self._find(i)
-        if isinstance(rows[k], dict) and "broken" in rows[k]:
-            raise ValueError(rows[k]["broken"])
-        try:
-            return self.make(rows[k], np.random.default_rng((self.seed, 22, turn, k)))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{in_short(rows[k])}: {error!r}") from None
+        return made(rows[k], self.make, np.random.default_rng((self.seed, 22, turn, k)))
 
     def named(self, i: int) -> str:
         """Row i, in short."""

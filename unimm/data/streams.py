@@ -67,13 +67,14 @@ class Stream:
     def __getitem__(self, i: int) -> Any:
         if i >= VALIDATION:
             k = (i - VALIDATION) % len(self.kept)
-            return self._made(self.kept[k], np.random.default_rng((self.seed, 26, k)))
+            return made(self.kept[k], self.make, np.random.default_rng((self.seed, 26, k)))
         if self.taken == len(self.rows):
             self._next_block()
         k, self.taken = int(self.order[self.taken]), self.taken + 1
         row, self.rows[k] = self.rows[k], None
         self.last = row
-        return self._made(row, np.random.default_rng((self.seed, 25, self.rank, self.block, k)))
+        rng = np.random.default_rng((self.seed, 25, self.rank, self.block, k))
+        return made(row, self.make, rng)
 
     def named(self, i: int) -> str:
         """The row that was given last, in short."""
@@ -129,13 +130,15 @@ class Stream:
     def _is_held(self, row: Any) -> bool:
         return self.held is not None and not _is_broken(row) and self.held(row)
 
-    def _made(self, row: Any, rng: np.random.Generator) -> Any:
-        if _is_broken(row):
-            raise ValueError(row["broken"])
-        try:
-            return self.make(row, rng)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{in_short(row)}: {error!r}") from None
+
+def made(row: Any, make: Callable[..., Any], rng: np.random.Generator) -> Any:
+    """`make(row, rng)`; ValueError for a row that is broken, or not what `make` is for."""
+    if _is_broken(row):
+        raise ValueError(row["broken"])
+    try:
+        return make(row, rng)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{in_short(row)}: {error!r}") from None
 
 
 def rows_of(shard: Shard) -> Iterator[Any]:

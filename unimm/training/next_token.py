@@ -24,7 +24,6 @@ from unimm.training.adapters import (
     add_adapters,
     merge_adapters,
     merge_stored,
-    merged_copy,
     save_adapters,
 )
 from unimm.training.previews import HeldOut, held_out_nats, held_out_rows, show
@@ -108,7 +107,7 @@ def unified_parts(
         rows = held_out[0] if held_out else held_out_rows(run, processor)
         held_out[:] = [rows]
         with torch.compiler.set_stance("force_eager"):
-            shown = show(run, merged_copy(model), processor, rows, folder, step)
+            shown = show(run, model, processor, rows, folder, step)
             return shown | held_out_nats(run, model, processor, rows)
 
     def save(folder: Path) -> None:

@@ -15,6 +15,7 @@ from unimm.inference.engine import Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.sampling import Settings
 from unimm.model.unified import KINDS, UnifiedModel
+from unimm.training.adapters import merged_copy
 
 HeldOut = dict[str, list[tuple[list[Message], Sample]]]  # by source
 LONGEST = 48  # text tokens of an answer in a preview
@@ -39,6 +40,8 @@ def show(
     prompts = [[user(text)] for text in run.options.get("prompts") or ()]
     prompts += [talk for talk, answer in turns if answer is None]
     lines, found = [], {}
+    if prompts or turns:
+        model = merged_copy(model)
     if prompts and processor.image_tokenizer is not None:
         codes = draw_codes(model, processor, prompts, run.options.get("guidance", 2.0))
         save_grid(processor.pixels(codes), folder / f"preview-{step:06d}.png", columns=8)
@@ -46,14 +49,12 @@ def show(
         lines += [f"drawn {k + 1}: {words_of(talk)}" for k, talk in enumerate(prompts)]
     asked = [(talk, answer) for talk, answer in turns if answer is not None]
     if asked:
-        said = answer_texts(model, processor, [talk for talk, _ in asked])
-        found["preview_answers_exact"] = sum(
-            " ".join(text.split()) == expected
-            for text, (_, expected) in zip(said, asked, strict=True)
-        ) / len(asked)
+        texts = answer_texts(model, processor, [talk for talk, _ in asked])
+        said = [" ".join(text.split()) for text in texts]
+        right = [text == expected for text, (_, expected) in zip(said, asked, strict=True)]
+        found["preview_answers_exact"] = sum(right) / len(asked)
         for text, (talk, expected) in zip(said, asked, strict=True):
-            told = " ".join(text.split())
-            lines.append(f"asked: {words_of(talk)} | answered: {told} | in the data: {expected}")
+            lines.append(f"asked: {words_of(talk)} | answered: {text} | in the data: {expected}")
     if lines:
         path = folder / f"preview-{step:06d}.txt"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
