@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -28,7 +29,7 @@ from unimm.evaluation.compare import (
 )
 from unimm.model.decoder import Decoder
 from unimm.model.diffusion import DiffusionConfig, DiffusionDecoder, save_diffusion
-from unimm.training.cost import count_flops
+from unimm.training.cost import COUNTED, count_flops
 
 ROOT = Path(__file__).parent.parent
 STUDY = textwrap.dedent('''
@@ -147,7 +148,7 @@ def test_the_table_has_every_variant_on_one_budget(finished):
 def test_a_study_that_is_killed_goes_on_to_the_same_table(finished, tmp_path):
     path, kills = written(tmp_path), 0
     for steps in (5, 9, 1000):
-        (tmp_path / "stop").write_text(str(steps + 2))  # counting FLOPs takes a step too
+        (tmp_path / "stop").write_text(str(steps + 2 * COUNTED))  # counting FLOPs takes steps too
         try:
             compare(path, tmp_path / "out")
         except KeyboardInterrupt:
@@ -202,6 +203,26 @@ def test_runs_of_different_protocols_are_not_tabulated(finished, tmp_path):
     runs[1]["terms"]["protocol"] = {"n": 2}
     with pytest.raises(ValueError, match="a and b"):
         check_terms(runs)
+
+
+def test_a_changed_recipe_does_not_go_into_the_old_table(finished, tmp_path):
+    path = written(tmp_path)
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    compare(path, moved)  # in another place it is the same study
+    same = path.read_text()
+    for old, new, told in (
+        ('"wide": 32', '"wide": 16', "wide-0 was trained: options was .*32.* and is .*16"),
+        ('"train": frozen', '"clip": 0.5', "phases-0 was trained: train was"),
+        ('"wide": [{}', '"wide": [{"share": 0.5}, {"share": 0.5}', "1 phases and has 2"),
+    ):
+        path.write_text(
+            same.replace('[{"options": {"wide": 32}}]', "[{}]") if "[{" in old else same
+        )
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(ValueError, match=told):
+            compare(path, moved)
 
 
 def test_budgets():
@@ -287,19 +308,40 @@ def test_codes_are_decoded_by_the_diffusion_detokenizer_of_the_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_of_pathways_runs(tmp_path, monkeypatch):
-    """The shipped study, made so small that it shows only that all of it works."""
-    recipe = load_recipe(ROOT / "train/study_pathways.py")
+@pytest.mark.parametrize(
+    "name, variants, units",
+    [
+        ("pathways", ["decoupled", "diffusion", "shared"], [16, 2, 16]),
+        ("tokenizers", ["fsq", "simvq", "vq", "vq_diffusion"], [16] * 4),
+        ("stages", ["frozen_decoder", "one_stage", "three_stages"], [16] * 3),
+    ],
+)
+def test_the_shipped_studies_run(tmp_path, monkeypatch, name, variants, units):
+    """Each made so small that it shows only that all of it works."""
+    recipe = load_recipe(ROOT / f"train/study_{name}.py")
+    pathways = getattr(recipe, "PATHWAYS", recipe)
     small = {"store": 160, "image_tokenizer": 3, "siglip": 2, "words": 300}
-    monkeypatch.setattr(recipe, "PIECES", small)
-    monkeypatch.setattr(recipe, "PROTOCOL", {**recipe.PROTOCOL, "n": 6, "diffusion_steps": 2})
-    monkeypatch.setattr(recipe, "FLOPS", 2e11)
+    monkeypatch.setattr(pathways, "PIECES", small)
+    monkeypatch.setattr(pathways, "PROTOCOL", {**pathways.PROTOCOL, "n": 6, "diffusion_steps": 2})
+    for module in {recipe, pathways}:
+        monkeypatch.setattr(module, "FLOPS", 4e11, raising=False)
+    if name == "tokenizers":
+        monkeypatch.setattr(recipe, "STORE", 160)
+        monkeypatch.setattr(recipe, "WORDS", 300)
+    if name == "stages":
+        monkeypatch.setattr(recipe, "STAGE0_STEPS", 2)
     monkeypatch.setattr("unimm.evaluation.compare.load_recipe", lambda path: recipe)
     study = recipe.study
     monkeypatch.setattr(recipe, "study", lambda shared: dataclasses.replace(study(shared), seeds=1))
-    rows = rows_of(compare("study_pathways.py", tmp_path))
-    assert list(rows) == ["decoupled", "diffusion", "shared"]
+    rows = rows_of(compare(f"study_{name}.py", tmp_path))
+    assert list(rows) == variants
     spent = [float(row["flops_a_sample"]) * float(row["steps"]) * 32 for row in rows.values()]
-    assert all(1.5e11 < flops < 2.5e11 for flops in spent)  # steps are whole
-    assert float(rows["diffusion"]["units_an_image"]) == 2
-    assert float(rows["decoupled"]["units_an_image"]) == 16
+    assert all(3e11 < flops < 5e11 for flops in spent)  # steps are whole
+    assert [float(row["units_an_image"]) for row in rows.values()] == units
+    moved = {variant: float(row["parameters"]) for variant, row in rows.items()}
+    assert all(count > 0 for count in moved.values())
+    if name == "stages":
+        assert moved["frozen_decoder"] < moved["one_stage"] == moved["three_stages"]
+    if name == "tokenizers":
+        rebuilt = {variant: float(row["reconstruction_psnr"]) for variant, row in rows.items()}
+        assert rebuilt["vq_diffusion"] != rebuilt["vq"] and (tmp_path / "curves.png").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from PIL import Image
 
 from unimm.checkpoints.native import load_model, save_model
 from unimm.config import Source, load_recipe
@@ -459,6 +460,12 @@ def test_generate_can_draw_by_diffusion(trained, root, tmp_path):
     expected = pipeline_of(trained)(["red", "blue"], guidance=1.0, seed=3)
     for image, pixels in zip(drawn, expected, strict=True):
         assert (np.asarray(image) == np.asarray(to_picture(pixels))).all()
+    few = model.generate("red", decoder="diffusion", steps=2, guidance=1.0, seed=3)
+    (pixels,) = pipeline_of(trained)("red", steps=2, guidance=1.0, seed=3)
+    assert (np.asarray(few) == np.asarray(to_picture(pixels))).all()
+    assert (np.asarray(few) != np.asarray(drawn[0])).any()
+    with pytest.raises(ValueError, match="one step or more"):
+        model.generate("red", decoder="diffusion", steps=0)
     with pytest.raises(ValueError, match="decoder is"):
         model.generate("red", decoder="brush")
     plain = tmp_path / "plain"
@@ -466,7 +473,10 @@ def test_generate_can_draw_by_diffusion(trained, root, tmp_path):
     words = ["generate", "red", "--model", str(plain), "-o", str(tmp_path / "x.png")]
     assert main([*words, "--decoder", "diffusion"]) == 2
     assert not (tmp_path / "x.png").exists()
-    assert main([*words[:3], str(trained), *words[4:], "--decoder", "diffusion"]) == 0
+    words[3] = str(trained)
+    how = ["--decoder", "diffusion", "--steps", "2", "--guidance", "1", "--seed", "3"]
+    assert main([*words, *how]) == 0
+    assert (np.asarray(Image.open(tmp_path / "x.png")) == np.asarray(few)).all()
 
 
 def test_the_compare_command_refuses_what_is_no_study(tmp_path, capsys):

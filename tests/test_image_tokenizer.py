@@ -18,8 +18,13 @@ from unimm.training import image_tokenizer as training
 from unimm.training.image_tokenizer import TokenizerTraining, VQTraining
 from unimm.training.trainer import train
 
+ROOT = Path(__file__).parent.parent
 JANUS = VQConfig(32, 256, 8, 32, 32, (1, 1, 2, 2), 1)
 RUN = SimpleNamespace(precision="float32", batch_size=8)
+
+
+def setup_of(recipe, **changes):
+    return training.setup_image_tokenizer(dataclasses.replace(recipe, **changes))
 
 
 def small(**changes) -> VQConfig:
@@ -122,6 +127,35 @@ def test_training_and_inference_see_the_same_codes_and_pixels():
     assert len(codes.unique()) > 8
     assert torch.equal(tokenizer.encode(pixels), codes)
     assert (tokenizer.decode(codes, (4, 4)) - drawn.clamp(-1, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{}, FSQ], ids=["vq", "fsq"])
+def test_a_tokenizer_is_trained_further(tmp_path, changes):
+    """It begins with the same codes and pixels; then its rows move on from where they were."""
+    torch.manual_seed(0)
+    config, pixels = small(**changes), training.to_signed(pictures(64))
+    model = TokenizerTraining(config, VQTraining())
+    fit(model, 60)
+    model.export().save(tmp_path)
+    before = ImageTokenizer.load(tmp_path)
+    recipe = load_recipe(ROOT / "tokenizers/train_image.py").config
+    options = {**dataclasses.asdict(config), "l1": 1.0}
+    begun = setup_of(recipe, init=str(tmp_path), options=options).model
+    after = begun.export()
+    assert torch.equal(after.encode(pixels), before.encode(pixels))
+    drawn = [t.decode(before.encode(pixels), (4, 4)) for t in (before, after)]
+    assert (drawn[0] - drawn[1]).abs().max() < 1e-4
+    losses = fit(begun, 20, rate=1e-3)
+    new = TokenizerTraining(config, VQTraining())
+    assert np.mean(losses) < 0.8 * np.mean(fit(new, 20, rate=1e-3))
+    if not changes:
+        rows = begun.export().code_vectors()
+        assert not torch.equal(rows, before.code_vectors())
+        assert F.cosine_similarity(rows, before.code_vectors()).median() > 0.95
+    with pytest.raises(ValueError, match="to begin with is"):
+        setup_of(recipe, init=str(tmp_path), options={**options, "z_channels": 32})
+    with pytest.raises(ValueError, match="kind vq or fsq"):
+        TokenizerTraining(small(quantizer="simvq"), VQTraining()).begin_with(before)
 
 
 def test_rms_norm_is_that_of_torch_with_its_gradients():

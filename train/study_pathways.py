@@ -23,7 +23,7 @@ from unimm.data.sources import (
     scenes_questions,
     scenes_text,
 )
-from unimm.evaluation.compare import Study, compare, scenes_samples, scenes_scores
+from unimm.evaluation.compare import Study, scenes_samples, scenes_scores
 from unimm.model.decoder import DecoderConfig
 from unimm.model.unified import UnifiedConfig
 from unimm.model.vision import VisionConfig
@@ -56,11 +56,6 @@ DECODER = DecoderConfig(
     max_positions=512,
     qk_norm=True,
 )
-
-
-def main(out: str = "runs/pathways") -> str:
-    """Make the study, or what is left of it."""
-    return str(compare(__file__, out))
 
 
 def study(shared: Path) -> Study:

@@ -1,6 +1,6 @@
 """In how many stages? Three (Janus), one with everything trainable (Molmo), or a frozen decoder.
 
-unimm train train/study_stages.py out=runs/stages        # 3 seeds of each, 32 px, on 2 cores
+unimm compare train/study_stages.py --out runs/stages        # 3 seeds of each, 32 px, on 2 cores
 
 All begin with one SigLIP encoder and one decoder that knows text alone, see the same mixture in
 the stage that is longest, and have one budget of training FLOPs.
@@ -11,25 +11,20 @@ from pathlib import Path
 
 from unimm.config import Run, Source, load_recipe
 from unimm.data.sources import scenes_captions, scenes_pictures, scenes_questions, scenes_text
-from unimm.evaluation.compare import Study, compare, scenes_samples, scenes_scores
+from unimm.evaluation.compare import Study, scenes_samples, scenes_scores
 from unimm.training.next_token import next_token, scored_weight
 from unimm.training.trainer import train
 
 HERE = Path(__file__).parent
+PATHWAYS = load_recipe(HERE / "study_pathways.py")
 STAGE0_STEPS = 300
 BRIDGE = r"connector\..*|code_(embed|adapter)\..*|image_head\..*"  # between decoder and pictures
 
 
-def main(out: str = "runs/stages") -> str:
-    """Make the study, or what is left of it."""
-    return str(compare(__file__, out))
-
-
 def study(shared: Path) -> Study:
     """The study, with its pieces made in `shared` where they are not there yet."""
-    pathways = load_recipe(HERE / "study_pathways.py")
-    store, world = pathways.make_pieces(shared), pathways.WORLD
-    text = Source(scenes_text, weight=1, options={"world": world})
+    store = PATHWAYS.make_pieces(shared)
+    text = Source(scenes_text, weight=1, options={"world": PATHWAYS.WORLD})
     sources = {
         "captions": Source(scenes_captions, weight=1, options={"store": store}),
         "questions": Source(scenes_questions, weight=1, options={"store": store}),
@@ -75,9 +70,9 @@ def study(shared: Path) -> Study:
             "one_stage": [{}],
             "frozen_decoder": [{"train": ((BRIDGE, 2e-3), (r".*", None))}],
         },
-        budget={"flops": pathways.FLOPS},
+        budget={"flops": PATHWAYS.FLOPS},
         seeds=3,
-        protocol=pathways.PROTOCOL,
+        protocol=PATHWAYS.PROTOCOL,
         evaluate=scenes_scores,
         draw=scenes_samples,
     )

@@ -1,6 +1,6 @@
 """Image tokenizers by what they rebuild and by what a decoder then draws with their codes.
 
-unimm train train/study_tokenizers.py out=runs/tokenizers        # 3 seeds of each, 32 px
+unimm compare train/study_tokenizers.py --out runs/tokenizers        # 3 seeds of each, 32 px
 
 VQ, FSQ and SimVQ with (nearly) the same number of codes, and VQ behind a diffusion de-tokenizer,
 on one budget of training FLOPs that tokenizer and decoder share. The decoder only draws.
@@ -14,7 +14,7 @@ from typing import Any
 from unimm.checkpoints.assemble import assemble
 from unimm.config import Run, Source, load_recipe
 from unimm.data.sources import Made, PictureStore, scenes_pictures, scenes_pictures_only
-from unimm.evaluation.compare import Study, compare, scenes_samples, scenes_scores
+from unimm.evaluation.compare import Study, scenes_samples, scenes_scores
 from unimm.model.unified import UnifiedConfig
 from unimm.training.flow_matching import flow_matching, pictures, setup_detokenizer
 from unimm.training.next_token import next_token, scored_weight, setup_unified
@@ -30,11 +30,6 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "fsq": {"quantizer": "fsq", "levels": (8, 5, 5, 5), "code_dim": 4, "codebook_size": 1000},
     "simvq": {"quantizer": "simvq"},
 }
-
-
-def main(out: str = "runs/tokenizers") -> str:
-    """Make the study, or what is left of it."""
-    return str(compare(__file__, out))
 
 
 def study(shared: Path) -> Study:
@@ -69,9 +64,10 @@ def study(shared: Path) -> Study:
         "setup": setup_detokenizer,
         "step": flow_matching,
         "count": pictures,
-        "train": ((r"decoder\..*", 1e-3), (r".*", None)),
+        "train": ((r"decoder\..*", 2e-3), (r".*", None)),
+        "optimizer": "muon",
         "schedule": "cosine",
-        "options": {"dim": 128, "layers": 4, "heads": 4, "patch": 4},
+        "options": {"dim": 192, "layers": 6, "heads": 6, "patch": 8},
     }
     return Study(
         base=base,

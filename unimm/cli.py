@@ -55,7 +55,8 @@ def generate(args: argparse.Namespace) -> None:
     out = Path(args.out or ("out.png" if one_file else "out"))
     check_writable(out, folder=not one_file)
     model = load(args)
-    how = {"best_of": args.best_of, "decoder": args.decoder, **sampling(args)}
+    how = {"best_of": args.best_of, "decoder": args.decoder, "steps": args.steps}
+    how |= sampling(args)
     images = model.generate(prompts, args.n, **how)
     if not one_file:
         out.mkdir(exist_ok=True)
@@ -256,6 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--best-of", type=int, default=1, metavar="N", help="draw N for each, the model picks"
     )
     p.add_argument("--decoder", default="codes", choices=["codes", "diffusion"])
+    p.add_argument("--steps", type=int, default=30, metavar="N", help="of the diffusion decoder")
     add_sampling(p)
     add_model(p)
     p = command("caption", caption, "say what is in pictures, one line each")

@@ -34,6 +34,7 @@ class UniMM:
         self.model, self.processor = model.eval(), processor
         self.sampling = sampling or {}
         self.folder: Path | None = None  # where a diffusion decoder may lie
+        self._diffusion: Any = None  # the pipeline of that decoder, once it is asked for
         self.engine = (GridEngine if processor.gridded else Engine)(model, processor)
 
     @classmethod
@@ -64,6 +65,7 @@ class UniMM:
         *,
         best_of: int = 1,
         decoder: str = "codes",
+        steps: int = 30,
         guidance: float | None = None,
         temperature: float | None = None,
         top_k: int = 0,
@@ -74,8 +76,8 @@ class UniMM:
 
         `best_of`: so many are drawn for each picture (seed + k * best_of and on), and the model
         itself chooses the one that fits the prompt best by what it sees there. `decoder`: "codes",
-        or "diffusion" where the model's folder holds one (train/diffusion.py); the settings of
-        sampling, but for guidance and seed, are then not used.
+        or "diffusion" where the model's folder holds one (train/diffusion.py), in `steps` steps of
+        Euler; of the settings of sampling it uses guidance and seed alone.
         Returns one image for one prompt with n=1, else a list (all of the first prompt first).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -86,7 +88,7 @@ class UniMM:
         texts = [checked_text(p, "prompt") for p in prompts for _ in range(n * best_of)]
         settings = self._settings(guidance, temperature, top_k, top_p)
         if decoder == "diffusion":
-            images = self._diffuse(texts, settings.guidance, seed)
+            images = self._diffuse(texts, settings.guidance, steps, seed)
         elif decoder == "codes":
             images = self._draw([[user(text)] for text in texts], settings, seed)
         else:
@@ -181,17 +183,21 @@ class UniMM:
             images += self.pictures([answer.codes for answer in answers])
         return images
 
-    def _diffuse(self, texts: list[str], guidance: float, seed: int) -> list[Image.Image]:
+    def _diffuse(
+        self, texts: list[str], guidance: float, steps: int, seed: int
+    ) -> list[Image.Image]:
         from unimm.inference.diffusion import UniMMDiffusionPipeline
         from unimm.model.diffusion import load_diffusion
 
         if self.folder is None:
             raise ValueError("a diffusion decoder is loaded with its model: use from_pretrained")
-        decoder, autoencoder = load_diffusion(self.folder, "text")
-        device = self.model.decoder.norm.weight.device
-        drawer = UniMMDiffusionPipeline(decoder, self.model, self.processor, autoencoder)
-        drawer.set_progress_bar_config(disable=True)
-        return [to_picture(p) for p in drawer.to(device)(texts, guidance=guidance, seed=seed)]
+        if self._diffusion is None:
+            decoder, autoencoder = load_diffusion(self.folder, "text")
+            made = UniMMDiffusionPipeline(decoder, self.model, self.processor, autoencoder)
+            made.set_progress_bar_config(disable=True)
+            self._diffusion = made.to(self.model.decoder.norm.weight.device)
+        pixels = self._diffusion(texts, guidance=guidance, steps=steps, seed=seed)
+        return [to_picture(p) for p in pixels]
 
     def _requests(self, talks: list[list[Message]], mode: str, seed: int) -> list[Request]:
         answer = "image" if mode == "image" else "text"

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,7 +48,6 @@ from unimm.training.previews import save_grid
 from unimm.training.trainer import train
 
 BUDGETS = ("steps", "samples", "flops")
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f", "#8c564b")
 COSTS = ("parameters", "steps", "flops_a_sample", "wall_ratio")  # columns before the metrics
 
 
@@ -102,6 +103,7 @@ def compare(study_path: str | Path, out: str | Path) -> Path:
     with FileLock(out / "shared.lock"):
         study: Study = recipe.study(out / "shared")
     check_terms([*read_runs(out), {"name": "this study", "terms": study.terms()}])
+    check_recipes(study, out)
     # A seed of all variants before the next, so that half a study is comparable.
     runs = [(name, seed) for seed in range(study.seeds) for name in study.variants]
     for wait in (False, True):
@@ -129,9 +131,8 @@ def run_variant(study: Study, name: str, seed: int, folder: Path) -> dict[str, A
     begin = study.variants[name][0].get("init", study.base.init)
     init, costs, records, seconds = begin, [], [], 0.0
     for index, phase in enumerate(study.variants[name]):
-        changes = {key: value for key, value in phase.items() if key not in ("share", "init")}
-        place = {"init": init, "out": str(folder / f"phase{index}"), "seed": seed}
-        run = dataclasses.replace(study.base, **{**changes, **place})
+        placed = dataclasses.replace(study.base, out=str(folder / f"phase{index}"), seed=seed)
+        run = dataclasses.replace(placed, **changes_of(phase), init=init)
         known = folder / f"phase{index}.json"
         if not known.exists():  # counted once: the steps that follow from it must never change
             known.parent.mkdir(parents=True, exist_ok=True)
@@ -211,6 +212,42 @@ def check_terms(runs: Sequence[dict[str, Any]]) -> None:
                 )
 
 
+def check_recipes(study: Study, out: Path) -> None:
+    """ValueError where a variant of the study has changed since a run of it in `out` was made."""
+    for run in read_runs(out):
+        was = [recipe_terms(recipe, run["name"]) for recipe in run["runs"]]
+        here = dataclasses.replace(study.base, out=str(out / "runs" / run["name"] / "phase"))
+        now = [
+            recipe_terms(dataclasses.replace(here, **changes).record(), run["name"])
+            for changes in map(changes_of, study.variants.get(run["variant"], []))
+        ]
+        changed = [
+            f"{key} was {a[key]} and is {b.get(key)}"
+            for a, b in zip(was, now, strict=False)
+            for key in a
+            if a[key] != b.get(key)
+        ]
+        if now and len(was) != len(now):
+            changed = [f"it had {len(was)} phases and has {len(now)}"]
+        if changed:
+            raise ValueError(
+                f"the study has changed since {run['name']} was trained: {'; '.join(changed)}. "
+                "Give the new study another --out, or remove the runs that it changes"
+            )
+
+
+def changes_of(phase: dict[str, Any]) -> dict[str, Any]:
+    """What a phase changes in the fields of the base recipe."""
+    return {key: value for key, value in phase.items() if key not in ("share", "init")}
+
+
+def recipe_terms(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """The record of a run without what a study sets, and with paths relative to the study's."""
+    terms = {k: v for k, v in recipe.items() if k not in ("out", "init", "seed", "steps")}
+    place = recipe["out"].rsplit(f"runs/{name}/", 1)[0]
+    return json.loads(json.dumps(terms).replace(json.dumps(place)[1:-1], ""))
+
+
 def tabulate(out: Path) -> None:
     """table.md, table.csv, curves.png and a grid a variant, from the runs in `out`."""
     runs = read_runs(out)
@@ -254,42 +291,41 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw_curves(out: Path, runs: Sequence[dict[str, Any]]) -> None:
-    """curves.png: a panel for each logged number that is a loss, a line for each run."""
-    lines: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}
+    """curves.png: a panel for each logged loss, against training FLOPs; a line for each run.
+
+    A phase begins at the FLOPs of those before it. `main_loss`, a mixture of what the phase trains,
+    stands for it only where nothing else is logged.
+    """
+    lines: dict[str, list[tuple[str, list[float], list[float]]]] = {}
     for run in runs:
-        for phase in run["phases"]:
-            log = read_log(out / "runs" / phase)
-            for key in {k for e in log for k in e if k.endswith(("_nats", "_error", "_loss"))}:
-                points = sorted({e["step"]: e[key] for e in log if key in e}.items())
-                lines.setdefault(key, []).append((run["variant"], points))
-    variants = list(dict.fromkeys(run["variant"] for run in runs))
-    colors = {name: COLORS[k % len(COLORS)] for k, name in enumerate(variants)}
-    width, height = 480, 300
-    sheet = Image.new("RGB", (width, height * max(1, len(lines))), "white")
-    pen = ImageDraw.Draw(sheet)
-    for panel, key in enumerate(sorted(lines)):
-        top = panel * height
-        every = [point for _, points in lines[key] for point in points]
-        right = max(step for step, _ in every)
-        low, high = min(v for _, v in every), max(v for _, v in every)
-        box = (50, top + 30, width - 10, top + height - 25)
-        pen.rectangle(box, outline="#999999")
-        pen.text((50, top + 8), key, fill="black")
-        pen.text((4, box[1]), f"{high:.3g}", fill="black")
-        pen.text((4, box[3] - 12), f"{low:.3g}", fill="black")
-        pen.text((box[2] - 60, box[3] + 4), f"step {right:.0f}", fill="black")
-        for k, name in enumerate(variants):
-            pen.text((box[0] + 110 + 90 * k, top + 8), name, fill=colors[name])
-        for name, points in lines[key]:
-            places = [
-                (
-                    box[0] + (box[2] - box[0]) * step / right,
-                    box[3] - (box[3] - box[1]) * (value - low) / ((high - low) or 1.0),
-                )
-                for step, value in points
-            ]
-            pen.line(places, fill=colors[name], width=2)
-    sheet.save(out / "curves.png")
+        spent = 0.0
+        for phase, recipe in zip(run["phases"], run["runs"], strict=True):
+            folder = out / "runs" / phase
+            a_step = json.loads(folder.with_suffix(".json").read_text()) * recipe["batch_size"]
+            log = read_log(folder)
+            keys = {k for e in log for k in e if k.endswith(("_nats", "_error", "_loss"))}
+            for key in sorted(keys - {"main_loss"} or keys):
+                points = {e["step"]: e[key] for e in log if key in e}  # a step done twice: the last
+                if any(points.values()):  # all zero: the phase trains nothing of the kind
+                    places = [spent + a_step * step for step in sorted(points)]
+                    values = [points[step] for step in sorted(points)]
+                    lines.setdefault(key, []).append((run["variant"], places, values))
+            spent += a_step * recipe["steps"]
+    names = list(dict.fromkeys(run["variant"] for run in runs))
+    rows = (len(lines) + 1) // 2
+    figure = Figure(figsize=(10, 0.6 + 2.6 * rows), dpi=100, layout="constrained")
+    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for panel, key in zip(grid, sorted(lines), strict=False):
+        for name, places, values in lines[key]:
+            panel.plot(places, values, color=f"C{names.index(name)}", linewidth=0.8)
+        panel.set(title=key, yscale="log", xlabel="training FLOPs", xlim=(0, None))
+        panel.yaxis.set_major_formatter("{x:.2g}")
+        panel.yaxis.set_minor_formatter("{x:.2g}")
+    for panel in grid[len(lines) :]:
+        panel.remove()
+    marks = [Line2D([], [], color=f"C{k}", label=name) for k, name in enumerate(names)]
+    figure.legend(handles=marks, loc="outside upper center", ncols=len(marks))
+    figure.savefig(out / "curves.png")
 
 
 Painter = Callable[[Sequence[str], int], Tensor]  # prompts, seed of the first -> (N, 3, H, W)

@@ -5,6 +5,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from unimm.config import Run
 from unimm.training.trainer import Parts, Piece, cut, make_mixture, make_optimizers, setup, train
 
 STEPS = 3  # that are measured; the first, which warms up, is not counted
+COUNTED = 8  # batches whose FLOPs are counted, where steps follow from them
 
 
 def dry_run(run: Run) -> str:
@@ -84,8 +86,14 @@ def by_part(parts: Parts, optimizers: dict[str, Any]) -> list[str]:
 
 def one_step(parts: Parts, run: Run) -> list[Piece]:
     """The first batch of a run, in pieces; the last is the largest."""
-    pieces = cut(make_mixture(run, parts, None).draw(run.batch_size), parts, run)
-    return sorted(pieces, key=lambda piece: piece.room)
+    return sorted(next(first_steps(parts, run)), key=lambda piece: piece.room)
+
+
+def first_steps(parts: Parts, run: Run) -> Iterator[list[Piece]]:
+    """The batches of a run from its first on, in pieces."""
+    mixture = make_mixture(run, parts, None)
+    while True:
+        yield cut(mixture.draw(run.batch_size), parts, run)
 
 
 def losses(parts: Parts, run: Run, piece: Piece) -> Iterator[Tensor]:
@@ -134,29 +142,32 @@ def measured(run: Run) -> tuple[float, int]:
 
 
 def sample_flops(run: Run) -> float:
-    """Training FLOPs a sample, from one step of `run` on the CPU."""
+    """Training FLOPs a sample, the mean of `COUNTED` batches of `run` on the CPU.
+
+    Samples differ in length, batches of 32 by 9 % in their FLOPs: one is not enough.
+    """
     torch.manual_seed(run.seed)
     parts = setup(run)
     make_optimizers(parts.model, run)  # freezes what the run freezes: that needs no gradient
-    return step_flops(parts, run) / run.batch_size
+    return step_flops(parts, run, COUNTED) / run.batch_size
 
 
-def step_flops(parts: Parts, run: Run) -> int:
-    """FLOPs of products and convolutions in one training step, forward and backward.
+def step_flops(parts: Parts, run: Run, batches: int = 1) -> float:
+    """FLOPs of products and convolutions in a training step, forward and backward: a mean.
 
-    A real batch is counted, because which slots are scored shapes the heads' products; in float32
+    Real batches are counted, because which slots are scored shapes the heads' products; in float32
     and by the math path of attention, as the counter reads 0 for the fused one on a CPU.
     """
     run = dataclasses.replace(run, precision="float32")
-    pieces = one_step(parts, run)
+    steps = list(islice(first_steps(parts, run), batches))
     parts.model.train()
 
-    def step() -> None:
-        for piece in pieces:
+    def work() -> None:
+        for piece in chain(*steps):
             for loss in losses(parts, run, piece):
                 loss.backward()
 
-    flops = count_flops(step)
+    flops = count_flops(work) / batches
     parts.model.zero_grad(set_to_none=True)
     return flops
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from unimm.checkpoints.native import BUNDLED
 from unimm.config import Run
 from unimm.model.image_tokenizer import Codebook, ImageTokenizer, VQConfig, VQTokenizer
 
@@ -73,6 +74,20 @@ class TokenizerTraining(nn.Module):
         commitment = loss[0].sum() if loss else z.new_zeros(())  # fsq commits by construction
         vectors = quantized.unflatten(1, latents.shape[2:]).permute(0, 3, 1, 2)
         return self.tokenizer.pixels(vectors).float(), codes, commitment
+
+    @torch.no_grad()
+    def begin_with(self, tokenizer: ImageTokenizer) -> None:
+        """Go on from a tokenizer that `export` made. ValueError where that is not possible."""
+        ours = self.tokenizer.config
+        if not isinstance(tokenizer, VQTokenizer) or ours.quantizer == "simvq":
+            raise ValueError("only image tokenizers of kind vq or fsq can be trained further")
+        if tokenizer.config != ours:
+            raise ValueError(f"the image tokenizer to begin with is {tokenizer.config}, not {ours}")
+        self.tokenizer.load_state_dict(tokenizer.state_dict())  # `spread` is folded in: it is new
+        if ours.quantizer == "vq":
+            book: Any = self.quantizer._codebook  # its moving averages start anew from the rows
+            for rows in (book.embed, book.embed_avg):
+                rows.copy_(tokenizer.code_vectors())
 
     @torch.no_grad()
     def export(self) -> VQTokenizer:
@@ -209,7 +224,8 @@ def world_size() -> int:
 
 def setup_image_tokenizer(run: Run) -> Any:
     """Model, collate, preview and save for the trainer; `run.options` holds the fields of
-    `VQConfig` and `VQTraining`. ValueError for an option that is neither."""
+    `VQConfig` and `VQTraining`, `run.init` a folder whose image tokenizer is trained further
+    ("scenes": the bundled one). ValueError for an option that is neither, or another tokenizer."""
     from unimm.training.trainer import Parts
 
     fields = {made: {f.name for f in dataclasses.fields(made)} for made in (VQConfig, VQTraining)}
@@ -221,6 +237,8 @@ def setup_image_tokenizer(run: Run) -> Any:
     }
     settings = VQTraining(**chosen[VQTraining])
     model = TokenizerTraining(VQConfig(**chosen[VQConfig]), settings)
+    if run.init:
+        model.begin_with(ImageTokenizer.load(BUNDLED if run.init == "scenes" else str(run.init)))
     fixed: list[Tensor] = []  # the validation pictures, rendered once
 
     def preview(folder: Path, step: int) -> dict[str, float]:
