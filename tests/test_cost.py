@@ -11,7 +11,7 @@ from torch import nn
 
 from unimm.checkpoints.native import load_model, save_model
 from unimm.cli import main
-from unimm.training.cost import activations, dry_run, one_step, step_flops
+from unimm.training.cost import activations, dry_run, one_step
 from unimm.training.next_token import setup_unified
 from unimm.training.trainer import Parts, Piece
 
@@ -55,6 +55,24 @@ def test_frozen_layers_cost_less(root):
     assert sample_flops(heads) < 0.7 * sample_flops(every)
 
 
+def test_the_products_of_muon_are_counted(root):
+    """Five iterations for each matrix (m, n), m the shorter: X X^T, its square, times X."""
+    from unimm.training.cost import sample_flops
+
+    matrices = ((r"decoder\.layers\..*", 1e-3), (r".*", None))
+    adamw = run_for(root, "none", train=matrices)
+    muon = dataclasses.replace(adamw, optimizer="muon")
+    sides = [
+        sorted(p.shape)
+        for n, p in load_model(root / "model")[0].named_parameters()
+        if n.startswith("decoder.layers.") and p.ndim == 2
+    ]
+    assert len(sides) > 5
+    expected = sum(5 * 2 * (2 * m * m * n + m**3) for m, n in sides)
+    extra = (sample_flops(muon) - sample_flops(adamw)) * adamw.batch_size
+    assert extra == pytest.approx(expected, rel=1e-6)
+
+
 def test_what_a_forward_holds(root):
     """A linear layer holds its input, and tanh what comes out of it: by hand."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -66,7 +84,6 @@ def test_what_a_forward_holds(root):
     run = dataclasses.replace(run_for(root, "none"), step=step)
     piece = Piece(torch.zeros(10, 4), [], 0, 0)
     assert activations(parts, run, piece) == 4 * (10 * 4 + 10 * 8)
-    assert step_flops is not None
 
 
 def test_on_the_command_line(root, tmp_path, capsys):

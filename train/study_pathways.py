@@ -6,11 +6,13 @@ Started once a core, with OMP_NUM_THREADS=1, the processes share the work.
 
 One text decoder, one image tokenizer, one data mixture and one budget of training FLOPs. The
 diffusion variant learns to understand with half of the budget and to draw with the other, its
-language model frozen; its flow ends in the vectors of the codes that the others choose from. The
-result is table.md, table.csv, curves.png and a grid a variant; stopped, it goes on where it was.
+language model frozen; its flow ends in the vectors of the codes that the others choose from. Image
+tokenizer and encoder are one for all, and in no budget; all other weights begin anew with each
+seed. The result is table.md, table.csv, curves.png and samples.png; stopped, it goes on.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,14 @@ from unimm.training.trainer import train
 HERE = Path(__file__).parent
 WORLD, PIXELS = "scenes-mini", 32
 PIECES: dict[str, Any] = {"store": 8_000, "image_tokenizer": 4_000, "siglip": 200, "words": 20_000}
-FLOPS = 8e13  # of training, for each run: some 2,070 steps of "decoupled"
+SEEDS = 3
+FLOPS = 6e13  # of training, for each run, the optimizer's included
 PROTOCOL = {
     "world": WORLD,
     "n": 300,
     "seed": 1000,
     "guidance": 2.0,
+    "temperature": 1.0,
     "diffusion_guidance": 2.0,
     "diffusion_steps": 20,
 }
@@ -68,7 +72,7 @@ def study(shared: Path) -> Study:
         "pictures": Source(scenes_pictures, weight=3, options={"store": store}),
     }
     base = Run(
-        init=str(shared / "decoupled"),
+        init=str(shared / "decoupled-{seed}"),
         step=next_token,
         count=scored_weight,
         train=((r"vision\..*", None), (r".*", 2e-3)),
@@ -76,7 +80,8 @@ def study(shared: Path) -> Study:
         compile=True,
         data=sources,
         steps=1,  # set by the budget
-        batch_size=32,
+        batch_size=64,
+        accumulate=4,  # pieces of like length, so that little is padding
         warmup=20,
         schedule="cosine",
         preview_every=0,
@@ -89,6 +94,7 @@ def study(shared: Path) -> Study:
         "count": pictures,
         "train": ((r"decoder\..*", 2e-3), (r".*", None)),
         "compile": False,
+        "accumulate": 1,
         "data": {"pictures": sources["pictures"]},
         "options": {"autoencoder": "codes", "patch": 1, "dim": 192, "layers": 6, "heads": 6},
     }
@@ -96,11 +102,11 @@ def study(shared: Path) -> Study:
         base=base,
         variants={
             "decoupled": [{}],
-            "shared": [{"init": str(shared / "shared"), "train": ((r".*", 2e-3),)}],
+            "shared": [{"init": str(shared / "shared-{seed}"), "train": ((r".*", 2e-3),)}],
             "diffusion": [{"share": 0.5, "data": understanding}, draws],
         },
         budget={"flops": FLOPS},
-        seeds=3,
+        seeds=SEEDS,
         protocol=PROTOCOL,
         evaluate=scenes_scores,
         draw=scenes_samples,
@@ -108,9 +114,12 @@ def study(shared: Path) -> Study:
 
 
 def make_pieces(shared: Path) -> str:
-    """Tokenizers, pictures, encoder and the two models to begin with; returns the store."""
+    """Tokenizers, pictures, encoder and the models to begin with; returns the store."""
     store = shared / "pictures"
-    if (shared / "shared" / "config.json").exists():
+    made_of = json.dumps([WORLD, PIXELS, PIECES, dataclasses.asdict(DECODER), SEEDS])
+    if (shared / "made_of.json").exists():
+        if (shared / "made_of.json").read_text() != made_of:
+            raise ValueError(f"{shared} holds pieces of another study: choose another --out")
         return str(store)
     whole = load_recipe(HERE / "scenes.py")
     text = load_recipe(HERE.parent / "tokenizers/train_text.py")
@@ -148,5 +157,8 @@ def make_pieces(shared: Path) -> str:
             pathway=pathway,
         )
         weights = eyes / "vision.safetensors" if sees else None
-        assemble(shared / pathway, config, words, codebook, weights, PIXELS, {"world": WORLD})
+        for seed in range(SEEDS):
+            begin, how = shared / f"{pathway}-{seed}", {"world": WORLD}
+            assemble(begin, config, words, codebook, weights, PIXELS, how, seed)
+    (shared / "made_of.json").write_text(made_of)
     return str(store)

@@ -40,7 +40,8 @@ def study(shared: Path) -> Study:
         compile=True,
         data=sources,
         steps=1,  # set by the budget
-        batch_size=32,
+        batch_size=64,
+        accumulate=4,
         warmup=20,
         schedule="cosine",
         preview_every=0,
@@ -48,7 +49,7 @@ def study(shared: Path) -> Study:
     begin = train(
         dataclasses.replace(
             base,
-            init=str(shared / "decoupled"),
+            init=str(shared / "decoupled-0"),
             out=str(shared / "stage0"),
             data={"text": text},
             steps=STAGE0_STEPS,

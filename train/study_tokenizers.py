@@ -3,7 +3,8 @@
 unimm compare train/study_tokenizers.py --out runs/tokenizers        # 3 seeds of each, 32 px
 
 VQ, FSQ and SimVQ with (nearly) the same number of codes, and VQ behind a diffusion de-tokenizer,
-on one budget of training FLOPs that tokenizer and decoder share. The decoder only draws.
+on one budget of training FLOPs that tokenizer and decoder share: what the de-tokenizer takes, the
+two others of its variant lack. The decoder only draws.
 """
 
 import shutil
@@ -15,6 +16,7 @@ from unimm.checkpoints.assemble import assemble
 from unimm.config import Run, Source, load_recipe
 from unimm.data.sources import Made, PictureStore, scenes_pictures, scenes_pictures_only
 from unimm.evaluation.compare import Study, scenes_samples, scenes_scores
+from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import UnifiedConfig
 from unimm.training.flow_matching import flow_matching, pictures, setup_detokenizer
 from unimm.training.next_token import next_token, scored_weight, setup_unified
@@ -24,7 +26,7 @@ HERE = Path(__file__).parent
 PATHWAYS = load_recipe(HERE / "study_pathways.py")
 WORLD, PIXELS = PATHWAYS.WORLD, PATHWAYS.PIXELS
 STORE, WORDS = 8_000, 20_000
-FLOPS = 4e13  # of training, for each run
+FLOPS = 1.2e14  # of training, for each run: some 20 to 25 minutes of a core
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "vq": {"quantizer": "vq"},
     "fsq": {"quantizer": "fsq", "levels": (8, 5, 5, 5), "code_dim": 4, "codebook_size": 1000},
@@ -56,6 +58,8 @@ def study(shared: Path) -> Study:
         "train": ((r".*", 2e-3),),
         "optimizer": "muon",
         "compile": True,
+        "batch_size": 64,
+        "accumulate": 2,
         "data": {"pictures": Source(drawn, options=place)},
         "schedule": "cosine",
         "options": {"words": str(shared / "text")},
@@ -104,7 +108,7 @@ def setup_drawing(run: Run) -> Parts:
         vision=None,
         connector="mlp",
         codebook_size=0,  # set by `assemble`
-        code_dim=8,
+        code_dim=ImageTokenizer.load(run.init).code_vectors().shape[1],  # all begin as the codes
         image_head_dim=PATHWAYS.DECODER.dim,
     )
     begin = Path(run.init) / "begin"

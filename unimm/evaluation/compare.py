@@ -41,8 +41,9 @@ from unimm.data.scenes import (
 from unimm.evaluation.scenes import Protocol, score_understanding
 from unimm.inference.engine import Request
 from unimm.inference.sampling import Settings
+from unimm.model.diffusion import DiffusionDecoder
 from unimm.pipeline import UniMM
-from unimm.training.cost import sample_flops
+from unimm.training.cost import COUNTED, sample_flops
 from unimm.training.image_tokenizer import psnr
 from unimm.training.previews import save_grid
 from unimm.training.trainer import train
@@ -57,7 +58,7 @@ class Study:
 
     variants: by name, the phases of a training one after the other (each begins with the result
     of the one before); a phase is a dict of changes to fields of `base`, and "share" in it is its
-    part of the budget.
+    part of the budget. "{seed}" in the `init` of a first phase becomes the seed of the run.
     budget: one of {"steps": n}, {"samples": n}, {"flops": n}, training FLOPs, for each variant.
     protocol: what scores depend on, JSON-able. evaluate(folder, protocol) -> scores by name.
     draw(folder, protocol) -> pictures (N, 3, H, W) in [-1, 1] for the grid; optional.
@@ -84,7 +85,16 @@ class Study:
         """What runs must have in common to stand in one table."""
         name = f"{self.evaluate.__module__}:{self.evaluate.__qualname__}"
         terms = {"protocol": self.protocol, "evaluate": name, "budget": self.budget}
-        return json.loads(json.dumps(terms))
+        return json.loads(json.dumps({**terms, "batches_counted": COUNTED}))
+
+    def plan(self, variant: str, out: Path) -> list[dict[str, Any]]:
+        """The phases of a variant in full, as JSON-able data, with paths relative to `out`."""
+        phases = []
+        for phase in self.variants[variant]:
+            record = dataclasses.replace(self.base, **changes_of(phase)).record()
+            record |= {"share": phase.get("share", 1.0), "init": phase.get("init", self.base.init)}
+            phases.append({k: v for k, v in record.items() if k not in ("out", "seed", "steps")})
+        return json.loads(json.dumps(phases).replace(json.dumps(f"{out}/")[1:-1], ""))
 
 
 def compare(study_path: str | Path, out: str | Path) -> Path:
@@ -121,6 +131,8 @@ def compare(study_path: str | Path, out: str | Path) -> Path:
 def finish_run(study: Study, name: str, seed: int, record: Path) -> None:
     """Train and evaluate one run, and write its record whole."""
     result = run_variant(study, name, seed, record.with_suffix(""))
+    result["plan"] = study.plan(name, record.parents[1])
+    result["place"] = list(study.variants).index(name)
     part = record.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1))
     os.replace(part, record)
@@ -128,7 +140,7 @@ def finish_run(study: Study, name: str, seed: int, record: Path) -> None:
 
 def run_variant(study: Study, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train all phases of one variant, evaluate the result and draw its grid."""
-    begin = study.variants[name][0].get("init", study.base.init)
+    begin = str(study.variants[name][0].get("init", study.base.init)).replace("{seed}", str(seed))
     init, costs, records, seconds = begin, [], [], 0.0
     for index, phase in enumerate(study.variants[name]):
         placed = dataclasses.replace(study.base, out=str(folder / f"phase{index}"), seed=seed)
@@ -196,9 +208,9 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def read_runs(out: Path) -> list[dict[str, Any]]:
-    """The runs of a study that are evaluated, by seed and then in order of the file names."""
+    """The runs of a study that are evaluated, by seed and then as the study lists its variants."""
     found = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*-*.json"))]
-    return sorted(found, key=lambda run: run["seed"])
+    return sorted(found, key=lambda run: (run["seed"], run["place"]))
 
 
 def check_terms(runs: Sequence[dict[str, Any]]) -> None:
@@ -215,12 +227,9 @@ def check_terms(runs: Sequence[dict[str, Any]]) -> None:
 def check_recipes(study: Study, out: Path) -> None:
     """ValueError where a variant of the study has changed since a run of it in `out` was made."""
     for run in read_runs(out):
-        was = [recipe_terms(recipe, run["name"]) for recipe in run["runs"]]
-        here = dataclasses.replace(study.base, out=str(out / "runs" / run["name"] / "phase"))
-        now = [
-            recipe_terms(dataclasses.replace(here, **changes).record(), run["name"])
-            for changes in map(changes_of, study.variants.get(run["variant"], []))
-        ]
+        was, now = run["plan"], []
+        if run["variant"] in study.variants:
+            now = study.plan(run["variant"], out)
         changed = [
             f"{key} was {a[key]} and is {b.get(key)}"
             for a, b in zip(was, now, strict=False)
@@ -239,13 +248,6 @@ def check_recipes(study: Study, out: Path) -> None:
 def changes_of(phase: dict[str, Any]) -> dict[str, Any]:
     """What a phase changes in the fields of the base recipe."""
     return {key: value for key, value in phase.items() if key not in ("share", "init")}
-
-
-def recipe_terms(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    """The record of a run without what a study sets, and with paths relative to the study's."""
-    terms = {k: v for k, v in recipe.items() if k not in ("out", "init", "seed", "steps")}
-    place = recipe["out"].rsplit(f"runs/{name}/", 1)[0]
-    return json.loads(json.dumps(terms).replace(json.dumps(place)[1:-1], ""))
 
 
 def tabulate(out: Path) -> None:
@@ -274,13 +276,13 @@ def tabulate(out: Path) -> None:
     for name, row in cells.items():
         shown = (f"{m:.4g}" if not s else f"{m:.4g} ± {s:.2g}" for m, s in row)
         lines.append(" | ".join([name, str(len(rows[name])), *shown]))
-    note = f"Mean ± standard deviation over seeds. Terms: `{json.dumps(runs[0]['terms'])}`\n"
+    note = (
+        f"Mean ± standard deviation over seeds; wall_ratio is to {variants[0]} of the same seed. "
+    )
+    note += f"Terms: `{json.dumps(runs[0]['terms'])}`\n"
     (out / "table.md").write_text("\n".join(f"| {line} |" for line in lines) + "\n\n" + note)
     draw_curves(out, runs)
-    for run in runs:
-        grid = out / "runs" / run["name"] / "samples.png"
-        if grid.exists():
-            Image.open(grid).save(out / f"samples-{run['variant']}.png")
+    draw_samples(out, variants)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -328,6 +330,21 @@ def draw_curves(out: Path, runs: Sequence[dict[str, Any]]) -> None:
     figure.savefig(out / "curves.png")
 
 
+def draw_samples(out: Path, variants: Sequence[str]) -> None:
+    """samples.png: the grids of the first seed, one variant below the other."""
+    grids = {name: out / "runs" / f"{name}-0" / "samples.png" for name in variants}
+    pictures = {name: Image.open(path) for name, path in grids.items() if path.exists()}
+    if pictures:
+        heights = [picture.height / picture.width for picture in pictures.values()]
+        figure = Figure(figsize=(8, 8 * sum(heights) + 0.4 * len(heights)), layout="constrained")
+        panels = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for panel, (name, picture) in zip(panels, pictures.items(), strict=True):
+            panel.imshow(picture)
+            panel.set_title(name, loc="left")
+            panel.axis("off")
+        figure.savefig(out / "samples.png")
+
+
 Painter = Callable[[Sequence[str], int], Tensor]  # prompts, seed of the first -> (N, 3, H, W)
 
 
@@ -335,11 +352,12 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
     """Scores of a model folder on held-out Scenes; a diffusion decoder in it does the drawing.
 
     protocol: "world", "n" (pictures of each of two held-out splits), "seed", "guidance",
-    "diffusion_guidance" and "diffusion_steps". units_an_image: codes, or steps of the flow from
-    text. generation_seen: of new scenes whose combinations are those of training;
-    generation_seen_4x_steps: of these with four times as many steps. latency_s: seconds for one
-    picture alone, the least of three. understanding: accuracy of yes/no answers, of models that
-    see. reconstruction_*: see `reconstruction`.
+    "temperature", "diffusion_guidance" and "diffusion_steps". units_an_image: codes and steps of a
+    flow. generation_seen: of new scenes whose combinations are those of training;
+    generation_seen_4x_steps: of these with four times as many steps; generation_seen_untrained: of
+    these by a flow of random weights. latency_s: seconds for one picture alone, the least of three.
+    understanding: accuracy of yes/no answers, of models that see. reconstruction_*: see
+    `reconstruction`.
     """
     model, paint, units = painter(folder, protocol)
     scores = {
@@ -353,6 +371,8 @@ def scenes_scores(folder: Path, protocol: dict[str, Any]) -> dict[str, float]:
         longer = {**protocol, "diffusion_steps": 4 * protocol["diffusion_steps"]}
         again = generation_scores(painter(folder, longer)[1], protocol, SPLITS[:1])
         scores["generation_seen_4x_steps"] = again["generation"]
+        random = generation_scores(painter(folder, protocol, False)[1], protocol, SPLITS[:1])
+        scores["generation_seen_untrained"] = random["generation"]
     if model.model.vision is not None or model.model.config.pathway == "shared":
         asked = Protocol(n=protocol["n"], world=protocol["world"])
         tallies = [score_understanding(model, asked, s, protocol["seed"]) for s in SPLITS[1:]]
@@ -437,8 +457,11 @@ def scenes_samples(folder: Path, protocol: dict[str, Any]) -> Tensor:
     return painter(folder, protocol)[1](prompts, 0)
 
 
-def painter(folder: Path, protocol: dict[str, Any]) -> tuple[UniMM, Painter, int]:
-    """The model, its way of drawing, and how many codes or steps that takes."""
+def painter(
+    folder: Path, protocol: dict[str, Any], trained: bool = True
+) -> tuple[UniMM, Painter, int]:
+    """The model, its way of drawing, and how many codes and steps that takes; with a flow of random
+    weights instead of the trained one where asked for."""
     model = UniMM.from_pretrained(folder)
     if not has_flow(folder, "text"):
         decode = code_decoder(folder, model, protocol)
@@ -448,14 +471,20 @@ def painter(folder: Path, protocol: dict[str, Any]) -> tuple[UniMM, Painter, int
                 Request(model.processor.encode([user(words)], "image"), "image", seed + k)
                 for k, words in enumerate(prompts)
             ]
-            answers = model.engine.run(requests, Settings(protocol["guidance"]))
+            settings = Settings(protocol["guidance"], protocol["temperature"])
+            answers = model.engine.run(requests, settings)
             return decode(torch.tensor([answer.codes for answer in answers]), seed)
 
-        return model, by_codes, model.processor.codes_per_image
+        steps = protocol["diffusion_steps"] if has_flow(folder, "codes") else 0
+        return model, by_codes, model.processor.codes_per_image + steps
     from unimm.inference.diffusion import UniMMDiffusionPipeline
 
     pipeline = UniMMDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    if not trained:
+        torch.manual_seed(protocol["seed"])
+        fresh = DiffusionDecoder(pipeline.decoder.config)
+        pipeline.decoder.load_state_dict(fresh.state_dict())
 
     def by_diffusion(prompts: Sequence[str], seed: int) -> Tensor:
         guidance, steps = protocol["diffusion_guidance"], protocol["diffusion_steps"]

@@ -19,34 +19,42 @@ from unimm.model.diffusion import (
     save_diffusion,
     to_pixels,
 )
+from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import UnifiedModel
 
 BATCH = 16  # pictures drawn side by side
 
 
 class UniMMDiffusionPipeline(DiffusionPipeline):
-    """A diffusion decoder behind a unified model.
+    """A diffusion decoder behind a unified model, or behind an image tokenizer alone.
 
     decoder: condition "text" draws prompts (`__call__`), "codes" draws codes (`decode`).
     autoencoder: the `AutoencoderKL` or image tokenizer whose latents it draws, None for pixels.
+    tokenizer: the image tokenizer of the codes, where there is no model and no processor.
     """
 
     decoder: DiffusionDecoder
     model: UnifiedModel
     processor: Processor
     autoencoder: Any
-    _optional_components = ["autoencoder"]
+    tokenizer: ImageTokenizer
+    _optional_components = ["model", "processor", "autoencoder", "tokenizer"]
 
     def __init__(
         self,
         decoder: DiffusionDecoder,
-        model: UnifiedModel,
-        processor: Processor,
+        model: UnifiedModel | None = None,
+        processor: Processor | None = None,
         autoencoder: Any | None = None,
+        tokenizer: ImageTokenizer | None = None,
     ):
         super().__init__()
         self.register_modules(
-            decoder=decoder, model=model, processor=processor, autoencoder=autoencoder
+            decoder=decoder,
+            model=model,
+            processor=processor,
+            autoencoder=autoencoder,
+            tokenizer=tokenizer or (processor.image_tokenizer if processor else None),
         )
         self.sampling: dict[str, Any] = {}  # the unified model's own defaults, kept with it
 
@@ -59,11 +67,16 @@ class UniMMDiffusionPipeline(DiffusionPipeline):
         for part in (self.decoder, self.model, self.autoencoder):
             if part is not None:
                 part.to(*args, **kwargs)
+        if self.model is None:
+            self.tokenizer.to(*args, **kwargs)
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:  # type: ignore[override]
         """The native folder of the model (`UniMM.from_pretrained` loads it) and the decoder."""
-        save_model(folder, self.model, self.processor, self.sampling)
+        if self.model is None:
+            self.tokenizer.save(folder)
+        else:
+            save_model(folder, self.model, self.processor, self.sampling)
         save_diffusion(folder, self.decoder, self.autoencoder)
 
     @classmethod
@@ -71,8 +84,10 @@ class UniMMDiffusionPipeline(DiffusionPipeline):
         cls, folder: str | Path, condition: str = "text"
     ) -> "UniMMDiffusionPipeline":
         """What `save_pretrained` or training wrote, float32 on the CPU; ValueError if damaged."""
-        model, processor, sampling = load_model(folder)
         decoder, autoencoder = load_diffusion(folder, condition)
+        if condition == "codes" and not (Path(folder) / "config.json").exists():
+            return cls(decoder, autoencoder=autoencoder, tokenizer=ImageTokenizer.load(folder))
+        model, processor, sampling = load_model(folder)
         pipeline = cls(decoder, model, processor, autoencoder)
         pipeline.sampling = sampling
         return pipeline
@@ -108,12 +123,10 @@ class UniMMDiffusionPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Codes (N, K) -> pixels (N, 3, H, W), as `__call__` gives them."""
         self._check("codes")
-        tokenizer = self.processor.image_tokenizer
-        assert tokenizer is not None
 
         def condition(part: Tensor) -> tuple[Tensor, None]:
-            rows = tokenizer.code_vectors()
-            return code_vectors(tokenizer, part.to(rows.device)).to(self.device), None
+            rows = self.tokenizer.code_vectors()
+            return code_vectors(self.tokenizer, part.to(rows.device)).to(self.device), None
 
         return self._draw(codes, condition, guidance, steps, seed)
 

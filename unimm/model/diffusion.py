@@ -119,11 +119,15 @@ class DiffusionDecoder(nn.Module):
     ) -> Velocity:
         """Under classifier-free guidance (arXiv 2207.12598): uncond + g (cond - uncond)."""
 
+        def twice(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.cat([x, x])
+
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            led = self(x, t, condition, mask)
             if guidance == 1.0 or condition is None:
-                return led
-            free = self(x, t)
+                return self(x, t, condition, mask)
+            dropped = torch.arange(2 * len(x), device=x.device) >= len(x)
+            both = self(twice(x), twice(t), twice(condition), twice(mask), dropped)
+            led, free = both.chunk(2)
             return free + guidance * (led - free)
 
         return velocity

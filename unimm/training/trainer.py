@@ -36,7 +36,8 @@ from unimm.training.state import (
     write_text,
 )
 
-IN_LAYERS = r"\.(layers|transformer_blocks)\."  # ours, transformers', and diffusers'
+# Of layers of ours, transformers' and diffusers'; PixArt's tables of shifts are no matrices.
+IN_LAYERS = r"\.(layers|transformer_blocks)\.(?!.*scale_shift_table)"
 
 
 @dataclass
