@@ -376,6 +376,34 @@ def test_the_setup_previews_and_saves(tmp_path):
 # ---------------------------------------------------------------- metrics
 
 
+def test_a_preview_passes_over_what_cannot_be_read(tmp_path):
+    def torn(run):
+        class Torn:
+            def __getitem__(self, i):
+                if i % 3 == 0:
+                    raise ValueError("torn")
+                return pictures(1, seed=i % 1000)[0].permute(1, 2, 0).numpy()
+
+        return Torn()
+
+    recipe = load_recipe(ROOT / "tokenizers/train_image.py").config
+    options = {**dataclasses.asdict(small()), "previews": 4}
+    parts = setup_of(recipe, data={"mine": Source(torn)}, options=options)
+    assert parts.preview(tmp_path, 1)["psnr"] > 0
+    assert (tmp_path / "preview-000001.png").exists()
+
+    def nothing(run):
+        class Nothing:
+            def __getitem__(self, i):
+                raise OSError("gone")
+
+        return Nothing()
+
+    parts = setup_of(recipe, data={"mine": Source(nothing)}, options=options)
+    with pytest.raises(ValueError, match="none of the pictures"):
+        parts.preview(tmp_path, 2)
+
+
 def test_psnr_and_ssim_have_their_known_values():
     a, b = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), -0.4)  # 0.6 and 0.3 of 1
     assert training.psnr(a, b).item() == pytest.approx(-10 * np.log10(0.09), abs=1e-4)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -24,7 +25,7 @@ from unimm.data.mixture import Mixture
 from unimm.data.sources import VALIDATION
 from unimm.training import previews
 from unimm.training.next_token import setup_unified
-from unimm.training.trainer import mixing_weights, train
+from unimm.training.trainer import Parts, make_mixture, mixing_weights, train
 
 RUN = SimpleNamespace(seed=3)
 WORDS = ["a red dot", "a blue dot", "two green dots", "a black line"]
@@ -438,12 +439,76 @@ def test_shards_as_tar_writes_them(tmp_path):
         ({"text": []}, "text is no text"),
         ({"text": {"a": 1}}, "text is no text"),
         ({"text": "  "}, "empty text"),
+        ({"text": True}, "text is no text, but True"),
+        ({"text": float("nan")}, "text is no text, but nan"),
     ],
 )
 def test_what_is_no_text_is_not_learned(row, reason, files):
     path = lines(files / "odd.jsonl", [{"file": "images/0.png", **row}])
     with pytest.raises(ValueError, match=f"0.png.*{reason}"):
         readers.captions(RUN, path)[0]
+    (named,) = ({"alt text.en": value} for value in row.values())
+    path = lines(files / "odd.jsonl", [{"file": "images/0.png", **named}])
+    for text in ("alt text.en", "{alt text.en}"):
+        with pytest.raises(ValueError, match=f"0.png.*{reason.replace('text is', 'en is')}"):
+            readers.captions(RUN, path, text=text)[0]
+
+
+def test_columns_of_any_name_make_a_text(files):
+    row = {"file": "images/0.png", "alt text": "a dot", "meta.by": "me", "n": 3}
+    path = lines(files / "odd.jsonl", [row])
+    rows = readers.captions(RUN, path, text="{alt text} by {meta.by}, {n} times", task="draw")
+    assert content(rows[0])[1] == ["a dot by me, 3 times"]
+    for form, reason in (
+        ("{n", "is no form"),
+        ("{n:3d} times", "nothing else"),
+        ("{} times", "nothing else"),
+        ("{m} times", "no column 'm', only file, alt text, meta.by, n"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            readers.captions(RUN, path, text=form)
+
+
+def test_a_first_row_that_lacks_something_is_one_broken_row(files):
+    path = lines(
+        files / "odd.jsonl",
+        [{"file": "images/0.png"}, {"file": "images/1.png", "text": "a dot"}],
+    )
+    rows = readers.captions(RUN, path, task="draw")
+    made = []
+    for i in range(2):
+        try:
+            made.append(content(rows[i])[1])
+        except ValueError as error:
+            assert "images/0.png" in str(error) and "text" in str(error)
+    assert made == [["a dot"]]
+
+
+def test_a_name_that_is_not_utf_8_is_a_name(files):
+    before = sum(1 for _ in (files / "images").glob("*.png"))
+    (files / "images" / os.fsdecode(b"caf\xe9.png")).write_bytes(png(7))
+    rows = readers.folder(RUN, str(files / "images"), keep=0.5)
+    assert len(rows.rows) + len(rows.kept) == before + 1
+    run = SimpleNamespace(
+        data={"mine": Source(lambda run: readers.folder(RUN, str(files / "images")))},
+        out=str(files), seed=3, mixing="weights", most_broken=0.5,
+    )  # fmt: skip
+    make_mixture(run, Parts(torch.nn.Identity(), list), {}).take(8)
+    assert "has no text" in (files / "left_out.txt").read_text(encoding="utf-8")
+
+
+def test_parquet_with_pictures_in_it_and_long_cells(files):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    table = [{"image": {"bytes": png(k), "path": f"{k}.png"}, "text": WORDS[k]} for k in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(table), files / "in.parquet")
+    rows = readers.captions(RUN, f"{files}/in.parquet", image="image", task="describe")
+    found = {content(rows[i])[1][-1]: content(rows[i])[0] for i in range(3)}
+    for k in range(3):
+        assert (found[WORDS[k]] == np.asarray(picture(k))).all()
+    (files / "long.csv").write_text(f"file,text,more\nimages/0.png,a dot,{'x' * 200_000}\n")
+    assert content(readers.captions(RUN, f"{files}/long.csv", task="draw")[0])[1] == ["a dot"]
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,56 @@ def test_tar_shards_are_streamed_from_files_and_addresses(tars, monkeypatch):
         server.shutdown()
 
 
+def test_a_line_that_drops_is_taken_up_where_it_dropped(tars, monkeypatch):
+    """The first answers end after half of their bytes, within a sample."""
+    monkeypatch.setattr(streams, "PAUSES", (0.0, 0.0))
+    data, asked = (tars / "t-00.tar").read_bytes(), []
+
+    class Dropping(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data if len(asked) > 2 else data[: len(data) // 2])
+
+        def log_message(self, *args):
+            pass
+
+    whole = list(streams.rows_of(partial(streams.tar_stream, str(tars / "t-00.tar"))))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dropping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/t-00.tar"
+        found = list(streams.rows_of(partial(streams.tar_stream, address)))
+        server.shutdown()
+    assert len(asked) == 3 and len(found) == len(whole) > 2
+    for a, b in zip(found, whole, strict=True):
+        assert {k: v.data for k, v in a.items()} == {k: v.data for k, v in b.items()}
+
+
+def test_shards_of_one_name_in_several_folders_are_several(tars):
+    """Codes go by the name, so that a picture must not have that of another."""
+    for k in range(2):
+        (tars / f"part{k}").mkdir()
+        (tars / f"t-{k:02d}.tar").rename(tars / f"part{k}/0.tar")
+    path = f"{tars}/part*/0.tar"
+    listed = dict(readers.list_pictures(path))
+    assert {name.split(":")[0] for name in listed} == {"part0/0.tar", "part1/0.tar"}
+    assert len(listed) == 8
+    for stream in (False, True):
+        rows = readers.webdataset(RUN, path, task="describe", stream=stream)
+        found = told(rows, 8)
+        assert found.keys() == {f"number {k}" for k in range(8)}
+        row = rows.last if stream else rows.rows[0]
+        assert row["png"].name in listed
+        assert (np.asarray(listed[row["png"].name]()) == np.asarray(row["png"].image())).all()
+    assert list(readers.shards_of("https://x.org/d/s-{0..1}.tar").values()) == [
+        "s-0.tar",
+        "s-1.tar",
+    ]
+    assert readers.shards_of(f"{tars}/t-02.tar") == {f"{tars}/t-02.tar": "t-02.tar"}
+
+
 def test_streamed_and_indexed_shards_hold_out_the_same(tars):
     one, two = (
         readers.webdataset(RUN, f"{tars}/t-*.tar", "describe", keep=0.4, stream=s)

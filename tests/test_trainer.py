@@ -149,6 +149,68 @@ def test_a_number_that_is_none_stops_the_run_and_names_the_batch(tmp_path, where
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+def test_statistics_that_have_met_a_nan_are_not_kept(tmp_path):
+    """The forward has moved them when the loss is known; the run goes on with another rate."""
+
+    def with_statistics(run):
+        parts = setup(run)
+        model = nn.Sequential(nn.BatchNorm1d(4), *parts.model)
+        KEPT["model"] = model
+        return dataclasses.replace(parts, model=model, save=None)
+
+    def bad(model, batch, total, run):
+        KEPT["left"] -= 1
+        yield from square(model, batch * (float("nan") if KEPT["left"] < 0 else 1), total, run)
+
+    bad.__module__, bad.__qualname__ = square.__module__, square.__qualname__
+    KEPT["left"] = 12
+    with pytest.raises(ValueError, match=r"in step 7 .*lower rates \(train=\.\.\.\)"):
+        train(run_for(tmp_path, step=bad, setup=with_statistics))
+    assert not KEPT["model"][0].running_mean.isfinite().all()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    KEPT["left"] = 10**9
+    with pytest.raises(ValueError, match="schedule"):
+        train(run_for(tmp_path, setup=with_statistics, schedule="cosine"))
+    lower = {"train": ((r".*", 1e-3),), "clip": 0.5}
+    train(run_for(tmp_path, setup=with_statistics, **lower))
+    assert KEPT["model"][0].running_mean.isfinite().all() and (tmp_path / "done").exists()
+    with pytest.raises(ValueError, match="clip"):
+        train(run_for(tmp_path, setup=with_statistics, train=((r".*", 1e-3),)))
+
+
+def test_rows_left_out_are_counted_in_the_log(tmp_path):
+    class Some(Numbers):
+        def __getitem__(self, i):
+            if i in (9, 10, 33):
+                raise ValueError("torn")
+            return super().__getitem__(i)
+
+    def some(run):
+        return Some()
+
+    train(run_for(tmp_path, data={"a": Source(some, 1.0)}, log_every=4))
+    assert [entry.get("a_broken", 0) * 4 for entry in log_of(tmp_path)] == [2, 1, 0]
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
+    from unimm.training.parallel import Team
+    from unimm.training.state import save_checkpoint
+
+    run = run_for(tmp_path)
+    team, model = Team(run), setup(run).model
+    optimizers = make_optimizers(model, run)
+    for _ in range(2):
+        save_checkpoint(tmp_path, model, optimizers, {"step": 4}, team)
+        written = (tmp_path / "checkpoint-4/state.json").stat().st_mtime_ns
+        again = (tmp_path / "checkpoint-4").stat().st_ino
+    save_checkpoint(tmp_path, model, optimizers, {"step": 4}, team)
+    assert (tmp_path / "checkpoint-4/state.json").stat().st_mtime_ns == written
+    assert (tmp_path / "checkpoint-4").stat().st_ino == again
+    (tmp_path / "checkpoint-4/model.safetensors").write_bytes(b"torn")
+    save_checkpoint(tmp_path, model, optimizers, {"step": 4}, team)
+    assert (tmp_path / "checkpoint-4/state.json").stat().st_mtime_ns != written
+
+
 def test_frozen_parameters_do_not_move_and_rates_are_in_order(tmp_path):
     rates = ((r"0\.bias", 5e-1), (r"0\..*", None), (r".*", 1e-3))
     train(run_for(tmp_path / "a", train=rates, steps=3))

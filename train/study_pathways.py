@@ -81,7 +81,7 @@ def study(shared: Path) -> Study:
         data=sources,
         steps=1,  # set by the budget
         batch_size=64,
-        accumulate=4,  # pieces of like length, so that little is padding
+        packing=256,  # slots a row, so that little is padding
         warmup=20,
         schedule="cosine",
         preview_every=0,
@@ -94,7 +94,7 @@ def study(shared: Path) -> Study:
         "count": pictures,
         "train": ((r"decoder\..*", 2e-3), (r".*", None)),
         "compile": False,
-        "accumulate": 1,
+        "packing": 0,
         "data": {"pictures": sources["pictures"]},
         "options": {"autoencoder": "codes", "patch": 1, "dim": 192, "layers": 6, "heads": 6},
     }

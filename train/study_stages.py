@@ -41,7 +41,7 @@ def study(shared: Path) -> Study:
         data=sources,
         steps=1,  # set by the budget
         batch_size=64,
-        accumulate=4,
+        packing=256,
         warmup=20,
         schedule="cosine",
         preview_every=0,

@@ -59,7 +59,7 @@ def study(shared: Path) -> Study:
         "optimizer": "muon",
         "compile": True,
         "batch_size": 64,
-        "accumulate": 2,
+        "packing": 256,
         "data": {"pictures": Source(drawn, options=place)},
         "schedule": "cosine",
         "options": {"words": str(shared / "text")},

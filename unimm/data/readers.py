@@ -11,7 +11,9 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,26 +176,31 @@ def captions(
     folder, rows = Path(path).parent, read_table(path)
     if not rows:
         raise ValueError(f"{path} holds no row")
-    form = text if "{" in text else "{" + text + "}"
-    needed = [image, *re.findall(r"{(\w+)}", form), *filter(None, [keep_by])]
-    columns = next((row for row in rows if "broken" not in row), {})
+    form = parsed_form(text)
+    in_form = [column for _, column in form if column]
+    needed = [image, *in_form, *filter(None, [keep_by])]
+    columns = {str(name): None for row in rows if "broken" not in row for name in row}
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}, only {', '.join(columns)}")
     known = open_codes(run, codes)
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
-        said = {
-            name: value[rng.integers(len(value))] if isinstance(value, list) and value else value
-            for name, value in row.items()
-        }
-        name = str(row[image])
+        shown = row[image]
+        stored = shown.get("bytes") if isinstance(shown, dict) else None  # as `datasets` writes it
+        name = str(shown.get("path") or in_short(row)) if isinstance(shown, dict) else str(shown)
         if None in row:  # as csv has it
             raise ValueError(f"{name}: there are more cells than columns")
-        for column in re.findall(r"{(\w+)}", form):
-            if not isinstance(said[column], str | int | float):
-                raise ValueError(f"{name}: {column} is no text, but {said[column]!r}")
-        return pictured(coded(folder / name, name, known), form.format(**said), task, rng)
+        said = {}
+        for column in in_form:
+            value = row[column]
+            value = value[rng.integers(len(value))] if isinstance(value, list) and value else value
+            if not is_text(value):
+                raise ValueError(f"{name}: {column} is no text, but {value!r}")
+            said[column] = str(value)
+        words = "".join(before + said.get(column, "") for before, column in form)
+        opened = folder / name if stored is None else open_image(io.BytesIO(stored), name=name)
+        return pictured(coded(opened, name, known), words, task, rng)
 
     return divided(run, rows, make, keep, lambda row: str(row[keep_by or image]), path)
 
@@ -323,9 +330,9 @@ def webdataset(
         return next(iter(row.values())).name.replace(":", " ")
 
     if stream:
-        opened = [partial(tar_stream, shard) for shard in shards]
+        opened = [partial(tar_stream, shard, name) for shard, name in shards.items()]
         return Stream(run.seed, opened, make, held_out(keep, key) if keep else None, block)
-    rows = [row for shard in shards for row in tar_samples(shard)]
+    rows = [row for shard, name in shards.items() for row in tar_samples(shard, name)]
     return divided(run, rows, make, keep, key, path)
 
 
@@ -412,7 +419,8 @@ def list_pictures(path: str, image: str = "file") -> list[tuple[str, Callable[[]
         for picture in pictures_below(path):
             found[picture.relative_to(path).as_posix()] = partial(open_image, picture)
     elif path.endswith(".tar"):
-        for row in (row for shard in shards_of(path) for row in tar_samples(shard)):
+        shards = shards_of(path).items()
+        for row in (row for shard, name in shards for row in tar_samples(shard, name)):
             for place in (row[n] for n in row if f".{n}" in PICTURES):
                 found[place.name] = place.image
     else:
@@ -444,8 +452,16 @@ def pictures_below(path: str) -> list[Path]:
     return sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
 
 
-def shards_of(path: str) -> list[str]:
-    """The tar shards of a glob, or of numbered names: "data-{000..127}.tar"."""
+def shards_of(path: str) -> dict[str, str]:
+    """The tar shards of a glob, or of numbered names ("data-{000..127}.tar"), and what each is
+    called: its path below the folder that all are in."""
+    found = listed_shards(path)
+    folders = [shard.split("/")[:-1] for shard in found]
+    common = len(os.path.commonprefix(folders))
+    return {shard: "/".join(shard.split("/")[common:]) for shard in found}
+
+
+def listed_shards(path: str) -> list[str]:
     numbers = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
     if numbers:
         before, first, last, after = numbers.groups()
@@ -457,11 +473,29 @@ def shards_of(path: str) -> list[str]:
     return found
 
 
+def parsed_form(text: str) -> list[tuple[str, str]]:
+    """A column, or "a {style} picture of {name}": each text with the column behind it, or ""."""
+    if "{" not in text:
+        return [("", text)]
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no form of columns in braces: {error}") from None
+    if any(column == "" or how or mark for _, column, how, mark in parts):
+        raise ValueError(f"{text!r}: braces hold the name of a column, and nothing else")
+    return [(before, column or "") for before, column, _, _ in parts]
+
+
+def is_text(value: Any) -> bool:
+    """Words or a number, and not what stands for nothing."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+
+
 def pictured(picture: Any, text: str, task: str, rng: np.random.Generator) -> dict[str, Any]:
     """A picture and its text as a conversation: to draw it, or to describe it."""
     if task not in TASKS:
         raise ValueError(f"task is one of {', '.join(TASKS)}, not {task!r}")
-    if not isinstance(text, str | int | float):
+    if not is_text(text):
         raise ValueError(f"{picture} has no text, but {text!r}")
     text = " ".join(str(text).split())
     if not text:
@@ -487,6 +521,7 @@ def read_table(path: str) -> list[Row]:
     """Rows of a .jsonl, .csv or .parquet file."""
     ending = Path(path).suffix.lower()
     if ending == ".csv":
+        csv.field_size_limit(2**31 - 1)
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 return list(csv.DictReader(file))
@@ -557,4 +592,5 @@ def _pictures_of(row: Row) -> str:
 
 def _unit(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
-    return int(hashlib.sha1(text.encode()).hexdigest()[:13], 16) / 16**13
+    digest = hashlib.sha1(text.encode("utf-8", "surrogateescape"))  # file names may be any bytes
+    return int(digest.hexdigest()[:13], 16) / 16**13

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from http.client import HTTPException
 from itertools import islice
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -164,16 +164,20 @@ def rows_of(shard: Shard) -> Iterator[Any]:
 
 
 class Place(NamedTuple):
-    """A file in a tar shard: where its bytes lie, or these themselves."""
+    """A file in a tar shard: where its bytes lie, or these themselves.
+
+    called: what the shard is called in `name`, by which codes go; its own name if it is "".
+    """
 
     shard: str
     offset: int
     size: int
     data: bytes | None = None
+    called: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.shard.rpartition('/')[2]}:{self.offset}"
+        return f"{self.called or self.shard.rpartition('/')[2]}:{self.offset}"
 
     def __repr__(self) -> str:
         return self.name
@@ -192,7 +196,7 @@ class Place(NamedTuple):
 TarSample = dict[str, Place]  # the files of one sample, by their endings
 
 
-def tar_samples(shard: str) -> Iterator[TarSample]:
+def tar_samples(shard: str, called: str = "") -> Iterator[TarSample]:
     """The samples of a tar file on this machine; one pass over its headers.
 
     Raises ValueError for what is no tar file, or is cut short.
@@ -203,19 +207,19 @@ def tar_samples(shard: str) -> Iterator[TarSample]:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, tarinfo=Header) as tar:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            yield from _grouped(_places(tar, shard, size))
+            yield from _grouped(_places(tar, shard, size, called))
     except tarfile.TarError as error:
         raise ValueError(f"{shard} cannot be read as a tar file: {error}") from None
 
 
-def tar_stream(shard: str) -> Iterator[TarSample]:
+def tar_stream(shard: str, called: str = "") -> Iterator[TarSample]:
     """The samples of a tar file (which may be compressed), or of an http(s) address, with their
     bytes, in one pass and without going back.
 
     Raises ValueError where it is damaged or breaks off, and OSError where it cannot be read, after
     the samples before that place.
     """
-    wrong: list[Exception] = []
+    wrong: list[ValueError] = []
 
     def files() -> Iterator[tuple[str, Place]]:
         try:
@@ -225,13 +229,13 @@ def tar_stream(shard: str) -> Iterator[TarSample]:
             ):
                 for member in tar:
                     if member.isfile() and (opened := tar.extractfile(member)) is not None:
-                        place = Place(shard, member.offset_data, member.size, opened.read())
-                        yield member.name, place
+                        size, data = member.size, opened.read()
+                        yield member.name, Place(shard, member.offset_data, size, data, called)
                     tar.members = []  # type: ignore[attr-defined]  # which it would keep
         except (tarfile.TarError, EOFError, zlib.error) as error:
             wrong.append(ValueError(f"{shard} cannot be read as a tar file: {error}"))
-        except (OSError, HTTPException) as error:
-            wrong.append(OSError(f"{shard} cannot be read: {error!r}"))
+        except (OSError, HTTPException) as error:  # at once: it may be within a sample
+            raise OSError(f"{shard} cannot be read: {error!r}") from error
 
     yield from _grouped(files())
     for error in wrong:
@@ -260,18 +264,39 @@ class WholeHeader(Header):
     bad = (*Header.bad, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
 
 
-def _open(shard: str) -> IO[bytes]:
+class Download:
+    """The bytes of an http(s) address; OSError where they end before they should (the library
+    takes a line that drops for the end)."""
+
+    def __init__(self, address: str):
+        self.response = urllib.request.urlopen(address, timeout=60)
+        length = self.response.headers.get("Content-Length")
+        self.left = int(length) if length else None
+        self.close = self.response.close
+
+    def read(self, size: int) -> bytes:
+        data = self.response.read(size)
+        if self.left is not None:
+            self.left -= len(data)
+            if not data and size and self.left:
+                raise OSError(f"the line dropped {self.left} bytes before the end")
+        return data
+
+
+def _open(shard: str) -> Any:
     if shard.startswith(("http://", "https://")):
-        return urllib.request.urlopen(shard, timeout=60)
+        return Download(shard)
     return open(shard, "rb")
 
 
-def _places(tar: tarfile.TarFile, shard: str, size: int) -> Iterator[tuple[str, Place]]:
+def _places(
+    tar: tarfile.TarFile, shard: str, size: int, called: str
+) -> Iterator[tuple[str, Place]]:
     for member in tar:
         if member.isfile():
             if member.offset_data + member.size > size:
                 raise ValueError(f"{shard} is cut short within {member.name}")
-            yield member.name, Place(shard, member.offset_data, member.size)
+            yield member.name, Place(shard, member.offset_data, member.size, None, called)
 
 
 def _grouped(files: Iterable[tuple[str, Place]]) -> Iterator[TarSample]:

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,9 +245,14 @@ def setup_image_tokenizer(run: Run) -> Any:
     def preview(folder: Path, step: int) -> dict[str, float]:
         if not fixed:
             source = next(iter(run.data.values()))
-            items = source.make(run, **source.options)
-            first = settings.preview_offset
-            fixed.append(collate([items[first + i] for i in range(settings.previews)]))
+            items, first = source.make(run, **source.options), settings.preview_offset
+            found: list[np.ndarray] = []
+            for i in range(2 * settings.previews):  # what cannot be read is passed over
+                with suppress(ValueError, OSError):
+                    found.append(items[first + i])
+            if not found:
+                raise ValueError("none of the pictures held out can be read")
+            fixed.append(collate(found[: settings.previews]))
         tokenizer = model.export()
         pixels = to_signed(fixed[0].to(next(model.parameters()).device))
         picture = reconstruction_grid(tokenizer, pixels[:16])

@@ -140,10 +140,15 @@ def train(run: Run) -> Path:
                 if piece.room:
                     told.append(("", None, {"fill": (piece.slots, piece.room)}))
             norms = {name: clip(optimizer, run.clip) for name, optimizer in optimizers.items()}
-            if wrong or not all(map(math.isfinite, norms.values())):
-                save(step)
+            sound = all(map(math.isfinite, norms.values()))  # the same on all ranks
+            if wrong or not sound:
+                if not sound and team.gather([has_finite_buffers(model)]).all():
+                    save(step)
                 raise ValueError(not_finite(step, wrong, out))
             told += [(name, None, {f"{name}_gradient": norm}) for name, norm in norms.items()]
+            for name, count in next_cursor["broken"].items():  # rows left out, in the mean of steps
+                if count > cursor["broken"][name]:
+                    told.append(("", None, {f"{name}_broken": (count - cursor["broken"][name], 0)}))
             for entry in told:
                 log.add(*entry)
             for optimizer in optimizers.values():
@@ -195,7 +200,7 @@ def make_mixture(
         line = f"{name}: {reason}"
         if line not in told:
             told.add(line)
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
     sources = {name: source.make(run, **source.options) for name, source in run.data.items()}
@@ -261,6 +266,11 @@ def cut(drawn: list[tuple[Origin, Any]], parts: Parts, run: Run) -> list[Piece]:
     return found
 
 
+def has_finite_buffers(model: nn.Module) -> bool:
+    """Running statistics take in a forward before its loss is known."""
+    return all(bool(b.isfinite().all()) for b in model.buffers() if b.is_floating_point())
+
+
 def not_finite(step: int, wrong: list[Origin], out: Path) -> str:
     """What to tell of step `step` (from 0), in which the loss of the samples `wrong` is NaN."""
     places: dict[str, list[Any]] = {}
@@ -269,8 +279,9 @@ def not_finite(step: int, wrong: list[Origin], out: Path) -> str:
     which = "; ".join(f"{name} {', '.join(map(str, sorted(r)))}" for name, r in places.items())
     what = f"the loss of these samples: {which}" if wrong else "the gradient"
     return (
-        f"in step {step + 1} a number is not finite in {what}. The weights before it are in "
-        f"{out}/checkpoint-{step}; a lower rate or another precision may help"
+        f"in step {step + 1} a number is not finite in {what}. The last checkpoint in {out} is of "
+        "the weights before it; the run can go on from there with lower rates (train=...), another "
+        "clip, or precision=float32"
     )
 
 
@@ -303,7 +314,7 @@ def check_same_run(out: Path, run: Run) -> None:
     there, here = (json.loads(json.dumps(record)) for record in (there, run.record()))
     free = {"out", "log_every", "preview_every", "save_every", "tensorboard", "shard", "recompute"}
     free.add("most_broken")  # so that a run that stopped by it can go on
-    free |= set() if (out / "done").exists() else {"steps"}
+    free |= set() if (out / "done").exists() else {"steps", "train", "clip", "precision"}
     for key in sorted(set(here) - free):
         if there.get(key) != here[key]:
             raise ValueError(
