@@ -45,6 +45,7 @@ def slack() -> float:
 
 def test_readme_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").symlink_to(ROOT / "train")  # they are run beside the recipes
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert snippets
     for snippet in snippets:

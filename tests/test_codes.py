@@ -13,7 +13,7 @@ from test_readers import files  # noqa: F401 (a fixture)
 
 from unimm.checkpoints.native import load_model, save_model
 from unimm.cli import main
-from unimm.config import load_recipe, override
+from unimm.config import Begin, load_recipe, override
 from unimm.data import codes as module
 from unimm.data import readers
 from unimm.data.codes import CodeShards, made_by
@@ -110,9 +110,11 @@ def test_a_kill_leaves_no_half_shard(files, model, monkeypatch):  # noqa: F811
 def test_codes_of_another_tokenizer_are_refused(files, model, tmp_path):  # noqa: F811
     assert encode(f"source={files}/images", f"out={files}/codes", f"model={model}") == 0
     save_model(tmp_path / "other", *tiny_model(seed=4))
-    run = SimpleNamespace(seed=3, init=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="of another image tokenizer"):
-        readers.own(run, f"{files}/images", codes=f"{files}/codes")
+    (tmp_path / "janus").mkdir()  # of a folder in another format, or of parts, nobody knows
+    for init in (str(tmp_path / "other"), str(tmp_path / "janus"), Begin("a", "b", "c")):
+        run = SimpleNamespace(seed=3, init=init)
+        with pytest.raises(ValueError, match="of another image tokenizer"):
+            readers.own(run, f"{files}/images", codes=f"{files}/codes")
 
 
 def test_mistakes_end_in_a_line(files, model, capsys):  # noqa: F811

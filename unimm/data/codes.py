@@ -28,11 +28,11 @@ Picture = tuple[str, Callable[[], Any]]  # a name, and what opens it
 class CodeShards:
     """The codes in a folder, by the name of the picture.
 
-    maker: the image tokenizer (`made_by`) whose codes are wanted; "" takes any.
+    maker: the image tokenizer (`made_by`) whose codes are wanted; None takes any.
     Raises ValueError for a folder without shards, a broken shard, and codes of another tokenizer.
     """
 
-    def __init__(self, folder: str | Path, maker: str = ""):
+    def __init__(self, folder: str | Path, maker: str | None = None):
         self.places: dict[str, tuple[Path, int]] = {}
         self.open: dict[Path, np.ndarray] = {}
         for path in sorted(Path(folder).glob("codes-*.safetensors")):
@@ -41,7 +41,7 @@ class CodeShards:
                     about = file.metadata()
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read as a code shard: {error}") from None
-            if maker and about["maker"] != maker:
+            if maker is not None and about["maker"] != maker:
                 raise ValueError(f"the codes in {folder} are of another image tokenizer")
             for k, name in enumerate(json.loads(about["names"])):
                 self.places[name] = path, k

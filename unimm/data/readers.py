@@ -438,7 +438,8 @@ def open_codes(run: Any, folder: str) -> CodeShards | None:
     if not folder:
         return None
     init = getattr(run, "init", "")
-    return CodeShards(folder, made_by(init) if init else "")
+    maker = made_by(init) if isinstance(init, str | Path) else ""  # of parts it has no name
+    return CodeShards(folder, maker if init else None)
 
 
 def coded(picture: Any, name: str, known: CodeShards | None) -> Any:

@@ -339,7 +339,7 @@ def draw_samples(out: Path, variants: Sequence[str]) -> None:
         figure = Figure(figsize=(8, 8 * sum(heights) + 0.4 * len(heights)), layout="constrained")
         panels = figure.subplots(len(pictures), 1, squeeze=False, height_ratios=heights)[:, 0]
         for panel, (name, picture) in zip(panels, pictures.items(), strict=True):
-            panel.imshow(picture)
+            panel.imshow(picture, interpolation="nearest")
             panel.set_title(name, loc="left")
             panel.axis("off")
         figure.savefig(out / "samples.png")

@@ -100,8 +100,9 @@ def held_out_nats(
     for name, of_source in rows.items():
         sums = {kind: [0.0, 0.0] for kind in KINDS}
         samples = [sample for _, sample in of_source]
-        for k in range(0, len(samples), run.batch_size):
-            batch = processor.collate(samples[k : k + run.batch_size])
+        few = -(-run.batch_size // run.accumulate)  # as in training, so that it fits
+        for k in range(0, len(samples), few):
+            batch = processor.collate(samples[k : k + few])
             output = model(batch.to(model.decoder.norm.weight.device))
             for kind, (total, count) in output.nats.items():
                 sums[kind][0] += total

@@ -146,9 +146,9 @@ def train(run: Run) -> Path:
                     save(step)
                 raise ValueError(not_finite(step, wrong, out))
             told += [(name, None, {f"{name}_gradient": norm}) for name, norm in norms.items()]
-            for name, count in next_cursor["broken"].items():  # rows left out, in the mean of steps
-                if count > cursor["broken"][name]:
-                    told.append(("", None, {f"{name}_broken": (count - cursor["broken"][name], 0)}))
+            for name, broken in next_cursor["broken"].items():  # rows left out, a step
+                if new := broken - cursor["broken"][name]:
+                    told.append(("", None, {f"{name}_broken": (new, 0)}))
             for entry in told:
                 log.add(*entry)
             for optimizer in optimizers.values():
