@@ -139,7 +139,7 @@ def test_a_tokenizer_is_trained_further(tmp_path, changes):
     model.export().save(tmp_path)
     before = ImageTokenizer.load(tmp_path)
     recipe = load_recipe(ROOT / "tokenizers/train_image.py").config
-    options = {**dataclasses.asdict(config), "l1": 1.0}
+    options = {**dataclasses.asdict(config), "l1": 1.0, "dead_code": 0.0, "decay": 0.97}
     begun = setup_of(recipe, init=str(tmp_path), options=options).model
     after = begun.export()
     assert torch.equal(after.encode(pixels), before.encode(pixels))
@@ -147,7 +147,7 @@ def test_a_tokenizer_is_trained_further(tmp_path, changes):
     assert (drawn[0] - drawn[1]).abs().max() < 1e-4
     losses = fit(begun, 20, rate=1e-3)
     new = TokenizerTraining(config, VQTraining())
-    assert np.mean(losses) < 0.8 * np.mean(fit(new, 20, rate=1e-3))
+    assert np.mean(losses[:5]) < 0.8 * np.mean(fit(new, 5, rate=1e-3))
     if not changes:
         rows = begun.export().code_vectors()
         assert not torch.equal(rows, before.code_vectors())
