@@ -198,6 +198,13 @@ def test_runs_of_different_protocols_are_not_tabulated(finished, tmp_path):
         compare(other, finished)
     with pytest.raises(ValueError, match="budget"):
         compare(written(tmp_path, budget=99), finished)
+    old = tmp_path / "old/runs/narrow-0.json"  # of a version that counted otherwise
+    old.parent.mkdir(parents=True)
+    record = json.loads((finished / "runs/narrow-0.json").read_text())
+    del record["place"], record["plan"], record["terms"]["batches_counted"]
+    old.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="batches_counted"):
+        compare(written(tmp_path), tmp_path / "old")
     runs = [{"name": n, "terms": {"protocol": p}} for n, p in (("a", {"n": 1}), ("b", {"n": 1}))]
     check_terms(runs)
     runs[1]["terms"]["protocol"] = {"n": 2}

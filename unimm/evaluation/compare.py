@@ -210,7 +210,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 def read_runs(out: Path) -> list[dict[str, Any]]:
     """The runs of a study that are evaluated, by seed and then as the study lists its variants."""
     found = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*-*.json"))]
-    return sorted(found, key=lambda run: (run["seed"], run["place"]))
+    return sorted(found, key=lambda run: (run["seed"], run.get("place", 0)))
 
 
 def check_terms(runs: Sequence[dict[str, Any]]) -> None:
