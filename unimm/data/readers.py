@@ -593,5 +593,5 @@ def _pictures_of(row: Row) -> str:
 
 def _unit(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
-    digest = hashlib.sha1(text.encode("utf-8", "surrogateescape"))  # file names may be any bytes
+    digest = hashlib.sha1(text.encode("utf-8", "surrogatepass"))  # file names may be any bytes
     return int(digest.hexdigest()[:13], 16) / 16**13

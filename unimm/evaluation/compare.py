@@ -91,8 +91,9 @@ class Study:
         """The phases of a variant in full, as JSON-able data, with paths relative to `out`."""
         phases = []
         for phase in self.variants[variant]:
-            record = dataclasses.replace(self.base, **changes_of(phase)).record()
-            record |= {"share": phase.get("share", 1.0), "init": phase.get("init", self.base.init)}
+            begins = {"init": phase.get("init", self.base.init)}
+            record = dataclasses.replace(self.base, **changes_of(phase), **begins).record()
+            record["share"] = phase.get("share", 1.0)
             phases.append({k: v for k, v in record.items() if k not in ("out", "seed", "steps")})
         return json.loads(json.dumps(phases).replace(json.dumps(f"{out}/")[1:-1], ""))
 
@@ -251,7 +252,7 @@ def changes_of(phase: dict[str, Any]) -> dict[str, Any]:
 
 
 def tabulate(out: Path) -> None:
-    """table.md, table.csv, curves.png and a grid a variant, from the runs in `out`."""
+    """table.md, table.csv, curves.png and samples.png, from the runs in `out`."""
     runs = read_runs(out)
     check_terms(runs)
     variants = list(dict.fromkeys(run["variant"] for run in runs))

@@ -248,11 +248,12 @@ def setup_image_tokenizer(run: Run) -> Any:
             items, first = source.make(run, **source.options), settings.preview_offset
             found: list[np.ndarray] = []
             for i in range(2 * settings.previews):  # what cannot be read is passed over
-                with suppress(ValueError, OSError):
-                    found.append(items[first + i])
+                if len(found) < settings.previews:
+                    with suppress(ValueError, OSError):
+                        found.append(items[first + i])
             if not found:
                 raise ValueError("none of the pictures held out can be read")
-            fixed.append(collate(found[: settings.previews]))
+            fixed.append(collate(found))
         tokenizer = model.export()
         pixels = to_signed(fixed[0].to(next(model.parameters()).device))
         picture = reconstruction_grid(tokenizer, pixels[:16])
