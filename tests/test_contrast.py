@@ -28,15 +28,16 @@ from unimm.data.sources import (
     scenes_pictures,
     scenes_unknown,
 )
+from unimm.model.unified import CODE
 from unimm.training.contrast import (
     Contrast,
     collate_contrasts,
     contrast_step,
     contrast_weight,
     setup_contrast,
+    stress_changes,
 )
 from unimm.training.next_token import next_token, scored_weight
-from unimm.training.trainer import train
 
 RUN = Run(
     step=contrast_step,
@@ -44,7 +45,7 @@ RUN = Run(
     data={"a": Source(lambda run: [])},
     steps=1,
     batch_size=4,
-    options={"contrast": 2.0},
+    options={"contrast": 2.0, "changes": 1.0},
 )
 
 
@@ -77,7 +78,7 @@ def loss_of(step, model, batch, total, run):
 def test_the_term_is_that_of_single_forwards(tiny):
     model, processor = tiny
     rows = items(processor, model)
-    batch = collate_contrasts(processor, rows)
+    batch = collate_contrasts(processor, [rows[:2], rows[2:]])
     total = contrast_weight(batch, RUN)
     plain = processor.collate([row.sample for row in rows])
     assert total == pytest.approx(scored_weight(plain, RUN))
@@ -99,16 +100,46 @@ def test_the_term_is_that_of_single_forwards(tiny):
 def test_without_rivals_it_is_the_next_token_loss(tiny):
     model, processor = tiny
     rows = [Contrast(row.sample) for row in items(processor, model)]
-    batch = collate_contrasts(processor, rows)
+    batch = collate_contrasts(processor, [[row] for row in rows])
     with torch.no_grad():
         loss, metrics = loss_of(contrast_step, model, batch, 5.0, RUN)
         base, _ = loss_of(next_token, model, batch.rows, 5.0, RUN)
     assert float(loss) == pytest.approx(float(base), rel=1e-6) and "told_apart" not in metrics
 
 
+def test_packed_rows_have_the_loss_of_single_ones(tiny):
+    model, processor = tiny
+    rows = items(processor, model)
+    single = collate_contrasts(processor, [[row] for row in rows])
+    packed = collate_contrasts(processor, [rows[1:], rows[:1]])
+    assert packed.of.tolist() == [1, 3] and packed.rivals.tolist() == [2, 4]
+    assert packed.true.tolist() == [True, True, False, True, False]
+    assert contrast_weight(packed, RUN) == contrast_weight(single, RUN)
+    with torch.no_grad():
+        one, two = (loss_of(contrast_step, model, batch, 9.0, RUN) for batch in (single, packed))
+    assert float(two[0]) == pytest.approx(float(one[0]), rel=1e-5)
+    assert two[1] == {name: pytest.approx(pair, rel=1e-5) for name, pair in one[1].items()}
+
+
+def test_what_an_edit_changes_counts_more(tiny):
+    _, processor = tiny
+    old = np.arange(processor.codes_per_image)
+    new = np.where(old % 5 == 1, old + 1, old)
+    shown = {"codes": old, "view": ["codes"]}
+    edit = processor.encode([user("make it blue", shown), assistant({"codes": new})])
+    stressed = stress_changes(edit, 3.0)
+    drawn = (edit.kind == CODE) & (edit.score > 0)
+    assert np.array_equal(stressed.score[drawn], np.where(old != new, 3.0, 1.0))
+    assert np.array_equal(stressed.score[~drawn], edit.score[~drawn])
+    assert set(edit.score[drawn]) == {1.0}  # the sample itself is as it was
+    plain = processor.encode(talk("a star", new))
+    chat = processor.encode([*talk("a star", old), *talk("make it blue", new)])
+    assert stress_changes(plain, 3.0) is plain and stress_changes(chat, 3.0) is chat
+
+
 def test_training_learns_to_tell_prompts_apart():
     model, processor = tiny_model()
-    batch = collate_contrasts(processor, items(processor, model))
+    batch = collate_contrasts(processor, [items(processor, model)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     run = dataclasses.replace(RUN, kind_weights={"text": 0.0, "code": 0.0})  # the term alone
     margins = []
@@ -230,7 +261,7 @@ def test_false_instructions_do_not_make_the_edit(store):
     assert 35 < len(false) < 85
     alike = 0
     for item in false:
-        (before, words), (wrong_before, wrong) = (
+        (words, before), (wrong, wrong_before) = (
             item[name][0]["content"] for name in ("messages", "false_messages")
         )
         assert np.array_equal(wrong_before["image"], before["image"]) and wrong != words
@@ -270,8 +301,6 @@ def test_a_hidden_prompt_has_no_rival(tmp_path):
     model, processor = tiny_model()
     save_model(tmp_path / "m", model, processor, {})
     run = dataclasses.replace(RUN, init=str(tmp_path / "m"), setup=setup_contrast, drop_prompt=0.5)
-    with pytest.raises(ValueError, match="cannot pack"):  # in one line, not in the first step
-        train(dataclasses.replace(run, out=str(tmp_path / "packed"), packing=64))
     parts = setup_contrast(run)
     codes = [1] * processor.codes_per_image
     item = {"messages": talk("a moon", codes), "false_messages": talk("a star", codes)}

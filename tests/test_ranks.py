@@ -89,6 +89,8 @@ def runs_of_two(root: Path):
     train(stage3(root, "ddp"))
     train(stage3(root, "sharded", shard=True))
     train(stage3(root, "all", shard=True, recompute=True, packing=512, accumulate=3))
+    train(stage3(root, "lora", lora=4))
+    train(stage3(root, "half", shard=True, precision="bf16"))
     stopped(stage3(root, "sharded-then-one", shard=True))
     stopped(stage3(root, "ddp-then-one"))
     train(stage3(root, "one-then-sharded", shard=True))
@@ -111,6 +113,8 @@ def done(tmp_path_factory):
         store.add_codes(lambda pictures, rng=rng: rng.integers(0, 32, (len(pictures), 16)))
     train(stage3(root, "one"))
     train(stage3(root, "muon", optimizer="muon", batch_size=24))
+    train(stage3(root, "lora-one", lora=4))
+    train(stage3(root, "half-one", precision="bf16"))
     for name in ("one-then-sharded", "one-then-ddp"):
         stopped(stage3(root, name))
     for launcher, words in LAUNCHERS.items():
@@ -145,6 +149,32 @@ def test_two_ranks_equal_one(done, name):
     for a, b in zip(*logs, strict=True):
         for key in ("main_loss", "text_nats", "code_nats", "main_gradient", "edits_nats"):
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
+
+
+def test_adapters_of_two_ranks_equal_those_of_one(done):
+    start = load_file(done / "model" / "model.safetensors")
+    one, two = (load_file(done / n / "model.safetensors") for n in ("lora-one", "lora"))
+    name = "decoder.layers.0.self_attn.q_proj.weight"
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
+    assert float((one[name] - start[name]).abs().max()) > 1e-5
+    assert np.linalg.matrix_rank((one[name] - start[name]).numpy(), tol=1e-6) <= 4
+
+
+def test_losses_in_bfloat16_are_those_of_one_process(done):
+    one, two = (
+        [json.loads(line) for line in (done / n / "log.jsonl").read_text().splitlines()]
+        for n in ("half-one", "half")
+    )
+    exact = [json.loads(line) for line in (done / "one/log.jsonl").read_text().splitlines()]
+    for key in ("main_loss", "text_nats", "code_nats"):
+        values = [[line[key] for line in log] for log in (one, two, exact)]
+        assert values[1] == pytest.approx(values[0], rel=3e-3), key
+        assert values[0] != values[2] and values[0] == pytest.approx(values[2], rel=3e-2), key
+
+
+def test_each_rank_has_random_numbers_of_its_own(done):
+    """Seen in a checkpoint of two by `main` below; masks of dropout would else be equal."""
+    assert json.loads((done / "drawn.json").read_text()) == {"rank 1 differs": True}
 
 
 def test_muon_works_on_shards(done):
@@ -184,5 +214,9 @@ if __name__ == "__main__":
     else:
         runs_of_two(where)
     if launcher == "torchrun" and os.environ["RANK"] == "0":
+        both = [where / "ddp-then-one/checkpoint-2" / state.random_name(rank) for rank in (0, 1)]
+        drawn = [load_file(path) for path in both]
+        apart = any(not torch.equal(drawn[0][key], drawn[1][key]) for key in drawn[0])
+        (where / "drawn.json").write_text(json.dumps({"rank 1 differs": apart}))
         found = (where / "sharded-then-one" / "checkpoint-2").rglob("*")
         (where / "sharded-then-one.txt").write_text("\n".join(path.name for path in found))

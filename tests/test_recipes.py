@@ -32,6 +32,9 @@ STAGES = {
     "longer.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
+    "edits.py": {
+        "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
+    },
     "relations.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },

@@ -14,6 +14,7 @@ from torch import nn
 from unimm.config import Run, Source, load_recipe, override, run_main
 from unimm.data.mixture import Mixture, pieces, prefetch
 from unimm.training.state import plain_state
+from unimm.training.parallel import settled
 from unimm.training.trainer import Parts, make_optimizers, rate_factor, train
 
 KEPT: dict = {}  # the model of the last run; how many steps are left before it is stopped
@@ -99,6 +100,27 @@ def test_accumulation_is_the_same_run(tmp_path):
         assert torch.allclose(a[name], b[name], atol=1e-6), name
     first = [log_of(tmp_path / name)[0]["main_loss"] for name in ("whole", "cut")]
     assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("known, half", [({"amx_bf16": True}, True), ({"avx512_f": True}, False)])
+def test_precision_is_what_the_machine_does_faster(tmp_path, monkeypatch, known, half):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    seen = []
+
+    def watched(model, batch, total, run):
+        seen.append((run.precision, model(batch).dtype))
+        yield from square(model, batch, total, run)
+
+    train(run_for(tmp_path / "a", steps=1, step=watched, precision="auto"))
+    # accelerate's model gives float32 back; `square` is inside the same autocast
+    assert seen == [("bf16" if half else "float32", torch.float32)]
+    assert json.loads((tmp_path / "a/run.json").read_text())["precision"] == "auto"
+    run = run_for(tmp_path / "b", precision="bf16")
+    assert settled(run) is run
+    with pytest.raises(ValueError, match="'auto', 'bf16' or 'float32', not 'half'"):
+        train(run_for(tmp_path / "c", precision="half"))
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_happened(tmp_path):

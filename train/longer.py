@@ -54,11 +54,13 @@ config = dataclasses.replace(
         "equal": Source(
             scenes_pictures, weight=1, options={**STORE, "only": "equal", "rivals": True}
         ),
-        "edits": Source(scenes_edits, weight=2, options={**EDITS, "rivals": 0.5}),
+        "edits": Source(scenes_edits, weight=4, options={**EDITS, "rivals": 0.3}),
         "chats": Source(scenes_chats, weight=0.5, options=EDITS),
     },
     steps=2_000,
     warmup=20,
     compile=True,
-    options={**stage3.options, "contrast": 4.0},
+    accumulate=2,
+    packing=448,
+    options={**stage3.options, "contrast": 4.0, "changes": 3.0},
 )

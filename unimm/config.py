@@ -73,7 +73,7 @@ class Run:
     weight_decay: float = 0.0
     clip: float = 1.0
     accumulate: int = 1  # batch_size is the global batch: it is cut into this many pieces
-    precision: str = "bf16"  # autocast, or "float32"
+    precision: str = "auto"  # "bf16" (autocast), "float32", or the faster of them on this machine
     compile: bool = (
         False  # fuse the decoder's layers (torch.compile; needs a C++ compiler on a CPU)
     )

@@ -252,9 +252,9 @@ class UniMM:
 
 
 def edit_messages(image: Any, instruction: str) -> list[Message]:
-    """The conversation that `edit` continues: the picture is shown both ways."""
+    """The conversation that `edit` continues: the instruction, then the picture, shown both ways."""
     picture = {"image": open_image(image), "view": ["patches", "codes"]}
-    return [user(picture, checked_text(instruction, "instruction"))]
+    return [user(checked_text(instruction, "instruction"), picture)]
 
 
 def checked_text(text: str, what: str) -> str:

@@ -6,7 +6,7 @@ under two prompts the common part cancels. The added term, with one rival, is th
 information training (Bahl et al., ICASSP 1986): -log sigmoid(log p(x | true) - log p(x | false)).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from unimm.config import Run
+from unimm.data.packing import collate_packed
 from unimm.data.processor import Processor, Sample
-from unimm.model.unified import KINDS, Batch
+from unimm.model.unified import CODE, KINDS, Batch
 from unimm.training.next_token import drop_prompt, open_init, unified_parts
 from unimm.training.trainer import Parts
 
@@ -29,27 +30,29 @@ class Contrast:
     rival: Sample | None = None
 
     def __len__(self) -> int:
-        return max(len(self.sample), len(self.rival) if self.rival is not None else 0)
+        return len(self.sample) + (len(self.rival) if self.rival is not None else 0)
 
 
 @dataclass
 class ContrastBatch:
-    """Rows of N samples, then those of their M rivals; `of` (M,): whose rival each is, int64."""
+    """Packed rows of samples, each followed by its rival, if it has one.
+
+    true (N,): whether a sample is no rival, bool. rivals (M,): which samples are; of (M,): which
+    sample each is the rival of, int64.
+    """
 
     rows: Batch
+    true: torch.Tensor
+    rivals: torch.Tensor
     of: torch.Tensor
 
     def to(self, device: torch.device | str) -> "ContrastBatch":
-        return ContrastBatch(self.rows.to(device), self.of.to(device))
-
-    @property
-    def count(self) -> int:
-        return len(self.rows.ids) - len(self.of)
+        return ContrastBatch(*(part.to(device) for part in vars(self).values()))
 
     def scored(self, kind: str) -> float:
         """The scored slots of a kind, rivals left out."""
-        rows, n = self.rows, self.count
-        return float(rows.score[:n][rows.kind[:n] == KINDS[kind]].sum())
+        rows, (sample, _) = self.rows, self.rows.samples()
+        return float(rows.score[self.true[sample] & (rows.kind == KINDS[kind])].sum())
 
 
 def contrast_step(model: Any, batch: ContrastBatch, total: float, run: Run) -> Iterator[tuple]:
@@ -57,14 +60,12 @@ def contrast_step(model: Any, batch: ContrastBatch, total: float, run: Run) -> I
 
     Logs with the nats the share of rivals that are told apart ("told_apart").
     """
-    output, n = model(batch.rows, run.kind_weights, total), batch.count
-    loss = sum(w * output.row_nats[kind][:n].sum() for kind, w in run.kind_weights.items())
-    metrics = {
-        f"{kind}_nats": (float(output.row_nats[kind][:n].detach().sum()), batch.scored(kind))
-        for kind in KINDS
-    }
+    output = model(batch.rows, run.kind_weights, total)
+    nats = {kind: each[batch.true].sum() for kind, each in output.row_nats.items()}
+    loss = sum(w * nats[kind] for kind, w in run.kind_weights.items())
+    metrics = {f"{kind}_nats": (float(nats[kind].detach()), batch.scored(kind)) for kind in KINDS}
     if len(batch.of):
-        margin = output.log_probs[batch.of] - output.log_probs[n:]  # (M,)
+        margin = output.log_probs[batch.of] - output.log_probs[batch.rivals]  # (M,)
         loss = loss + run.options["contrast"] * F.softplus(-margin).sum()
         metrics["told_apart"] = (float((margin > 0).sum()), float(len(margin)))
         metrics["rival_nats"] = (float(F.softplus(-margin).detach().sum()), float(len(margin)))
@@ -77,24 +78,58 @@ def contrast_weight(batch: ContrastBatch, run: Run) -> float:
 
 
 def setup_contrast(run: Run) -> Parts:
-    """A unified model from `run.init`; an item may have "false_messages" beside its "messages"."""
+    """A unified model from `run.init`; an item may have "false_messages" beside its "messages".
+
+    options: those of `setup_unified`; `contrast`, the weight of the term; `changes`, see
+    `stress_changes`.
+    """
     model, processor, sampling = open_init(run)
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Contrast:
         whole = processor.encode(item["messages"])
         sample = drop_prompt(whole, processor, run.drop_prompt, rng)
-        rival = item.get("false_messages") if sample is whole else None
-        return Contrast(sample, processor.encode(rival) if rival else None)
+        false = item.get("false_messages") if sample is whole else None
+        both = [sample, processor.encode(false)] if false else [sample]
+        return Contrast(*(stress_changes(s, run.options["changes"]) for s in both))
 
     return replace(
         unified_parts(run, model, processor, sampling),
         prepare=prepare,
-        collate=lambda items: collate_contrasts(processor, items),
-        pack=None,  # rows with rivals are not rows of samples
+        collate=lambda items: collate_contrasts(processor, [[item] for item in items]),
+        pack=lambda rows: collate_contrasts(processor, rows),
     )
 
 
-def collate_contrasts(processor: Processor, items: list[Contrast]) -> ContrastBatch:
-    rivals = [(k, item.rival) for k, item in enumerate(items) if item.rival is not None]
-    rows = processor.collate([item.sample for item in items] + [rival for _, rival in rivals])
-    return ContrastBatch(rows, torch.tensor([k for k, _ in rivals], dtype=torch.int64))
+def stress_changes(sample: Sample, weight: float) -> Sample:
+    """The sample, with `weight` for each drawn code that is not the shown picture's at its place.
+
+    The shown picture is the last codes before that are not scored, as in an edit; of a few codes
+    that change and many that stay the few would else be learned last.
+    """
+    codes, drawn = sample.kind == CODE, sample.score > 0
+    shown, made = np.flatnonzero(codes & ~drawn), np.flatnonzero(codes & drawn)
+    if weight == 1 or not len(made) or len(shown) < len(made) or shown[-1] > made[0]:
+        return sample
+    changed = made[sample.ids[made] != sample.ids[shown[-len(made) :]]]
+    score = sample.score.copy()
+    score[changed] *= weight
+    return replace(sample, score=score)
+
+
+def collate_contrasts(processor: Processor, rows: Sequence[Sequence[Contrast]]) -> ContrastBatch:
+    """One batch of packed rows."""
+    packed, true, rivals, of = [], [], [], []
+    for row in rows:
+        packed.append([s for item in row for s in (item.sample, item.rival) if s is not None])
+        for item in row:
+            true.append(True)
+            if item.rival is not None:
+                of.append(len(true) - 1)
+                rivals.append(len(true))
+                true.append(False)
+    return ContrastBatch(
+        collate_packed(packed, processor),
+        torch.tensor(true),
+        torch.tensor(rivals, dtype=torch.int64),
+        torch.tensor(of, dtype=torch.int64),
+    )

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from unimm.config import Run
+from unimm.training.parallel import settled
 from unimm.training.trainer import (
     Parts,
     Piece,
@@ -31,6 +32,7 @@ COUNTED = 8  # batches whose FLOPs are counted, where steps follow from them
 
 def dry_run(run: Run) -> str:
     """The cost of `run` in lines of text; `STEPS` steps are taken on this machine, none is kept."""
+    run = settled(run)
     parts = setup(run)
     optimizers = make_optimizers(parts.model, run)
     pieces = one_step(parts, run)
@@ -64,7 +66,8 @@ def dry_run(run: Run) -> str:
         + ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items())
         + f"); at most {_bytes(peak)} in the steps that were measured",
         f"compute: {flops:.3g} FLOPs a step, {flops * run.steps:.3g} in {run.steps:,} steps",
-        f"time: {seconds:.3g} s a step{speed}, {flops / seconds / 1e9:,.3g} GFLOP/s: "
+        f"time: {seconds:.3g} s a step{speed}, {flops / seconds / 1e9:,.3g} GFLOP/s "
+        f"in {run.precision}: "
         f"{tqdm.format_interval(seconds * run.steps)} in all, without previews",
     ]
     if run.shard:

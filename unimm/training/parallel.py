@@ -5,6 +5,7 @@ to previews and saving, for which the main process is lent the whole weights.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unimm.config import Run
+
+
+def settled(run: Run) -> Run:
+    """The run with precision "auto" made what is faster here.
+
+    A CPU without instructions for bfloat16 multiplies it several times slower than float32.
+    """
+    if run.precision != "auto":
+        return run
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return dataclasses.replace(run, precision="float32" if on_cpu and not _fast_half() else "bf16")
+
+
+def _fast_half() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    names = ("amx_bf16", "avx512_bf16", "bf16")
+    return any(bool(known.get(name)) for name in names)
 
 
 class Team:

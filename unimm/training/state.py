@@ -107,7 +107,8 @@ def load_checkpoint(
             if state and id(parameter) in mine:
                 optimizer.state[parameter] = {k: _like(v, parameter) for k, v in state.items()}
     own = folder / random_name(team.rank)
-    _read_random(own if own.exists() else folder / random_name(0))
+    if own.exists():  # not for a rank that is new
+        _read_random(own)
     return json.loads((folder / "state.json").read_text())
 
 

@@ -28,7 +28,7 @@ from unimm.data.mixture import Mixture, Origin, pieces, prefetch
 from unimm.data.packing import pack
 from unimm.training.adapters import adapted_name
 from unimm.training.log import Log
-from unimm.training.parallel import Team
+from unimm.training.parallel import Team, settled
 from unimm.training.state import (
     load_checkpoint,
     remove_checkpoints,
@@ -78,9 +78,10 @@ def train(run: Run) -> Path:
     """
     from accelerate.utils import send_to_device, set_seed
 
-    out = checked_folder(run)
+    out, record = checked_folder(run), run.record()
     if (out / "done").exists():
         return out
+    run = settled(run)
     set_seed(run.seed)
     team = Team(run)
     parts = setup(run)
@@ -88,6 +89,8 @@ def train(run: Run) -> Path:
         raise ValueError("this setup cannot pack samples: packing=0")
     optimizers = make_optimizers(parts.model, run)  # and freezes what is frozen
     model = team.prepare(parts.model, run)
+    if team.rank:
+        set_seed(run.seed + team.rank)  # the weights are made: masks of dropout are each rank's own
     if team.sharded:
         optimizers = make_optimizers(model, run)
     trained = model if team.sharded else parts.model
@@ -96,7 +99,7 @@ def train(run: Run) -> Path:
     mixture = make_mixture(run, parts, progress, team.rank, team.ranks)
     out.mkdir(parents=True, exist_ok=True)
     if team.main:
-        write_text(out / "run.json", json.dumps(run.record(), indent=1))
+        write_text(out / "run.json", json.dumps(record, indent=1))
 
     def make_step() -> tuple[list[Piece], dict[str, Any]]:
         drawn = mixture.draw(run.batch_size, team.rank, team.ranks)
@@ -178,8 +181,8 @@ def checked_folder(run: Run) -> Path:
     """The folder of a run, once all that can be known to be wrong before it begins is known."""
     if not run.out:
         raise ValueError("a run needs a folder for its result: out=DIR")
-    if run.precision not in ("bf16", "float32"):
-        raise ValueError(f"precision is 'bf16' or 'float32', not {run.precision!r}")
+    if run.precision not in ("auto", "bf16", "float32"):
+        raise ValueError(f"precision is 'auto', 'bf16' or 'float32', not {run.precision!r}")
     if min(run.steps, run.batch_size, run.accumulate) < 1:
         raise ValueError("steps, batch_size and accumulate must be 1 or more")
     check_same_run(Path(run.out), run)
