@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 from test_resume import run_for, same, stopped_after
 from torch.autograd.graph import saved_tensors_hooks
 
+from unimm import UniMM, cli
+from unimm.checkpoints.adapters import merge_adapters, merged_copy
 from unimm.checkpoints.native import load_model, save_model
 from unimm.data.processor import assistant, user
 from unimm.model.int8 import is_quantized, quantize_decoder
 from unimm.training import trainer
-from unimm.training.adapters import merge_adapters, merged_copy
 from unimm.training.next_token import open_init, setup_unified
 from unimm.training.previews import draw
 from unimm.training.trainer import make_optimizers, train
@@ -73,6 +75,13 @@ def test_merged_and_kept_apart_are_one_model_that_has_learned(root, monkeypatch)
     assert all(torch.allclose(again[name], end[name], atol=1e-7) for name in end)
     one = draw(load_model(merged)[0], processor, ["abc", "d"], 2.0)
     assert torch.equal(one, draw(model.eval(), processor, ["abc", "d"], 2.0))
+    with torch.no_grad():  # kept apart they are a model that draws, and that can be converted
+        loaded = UniMM.from_pretrained(apart)
+    assert np.array_equal(loaded.generate("abc"), UniMM.from_pretrained(merged).generate("abc"))
+    assert cli.main(["info", str(apart)]) == 0
+    assert cli.main(["convert", str(apart), str(root / "converted"), "--to", "unimm"]) == 0
+    whole = load_file(root / "converted/model.safetensors")
+    assert all(torch.allclose(whole[name], end[name], atol=1e-7) for name in end)
 
 
 def test_an_int8_base_stays_as_it_is_and_holds_less(root, monkeypatch):

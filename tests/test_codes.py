@@ -1,6 +1,7 @@
 """Codes ahead of time: equal to those made in training, by any processes, whole or not at all."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import tiny_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_readers import files  # noqa: F401 (a fixture)
 
@@ -66,7 +68,66 @@ def test_what_cannot_be_read_is_left_out_and_named(files, model, capsys):  # noq
     said = capsys.readouterr().out
     assert "1.png: " in said and "3 of 4 pictures" in said
     known = CodeShards(out, made_by(model))
-    assert "0.png" in known and "1.png" not in known and known["0.png"].shape == (16,)
+    assert "0.png" in known and "1.png" not in known
+    listed = {picture.name: picture for picture in readers.list_pictures(f"{files}/images")}
+    assert known.of(listed["0.png"]).shape == (16,)
+
+
+def test_codes_are_of_the_content_not_of_the_name(files, model, tmp_path, capsys):  # noqa: F811
+    """A picture painted over, and two folders that call theirs alike, in one folder of codes."""
+    out, processor = tmp_path / "codes", load_model(model)[1]
+    run = SimpleNamespace(seed=3, init=str(model))
+
+    def codes_of(folder):
+        rows = readers.own(run, str(folder), task="draw", codes=str(out))
+        parts = [rows.make(row, np.random.default_rng(0))["messages"][1] for row in rows.rows]
+        return [np.asarray(part["content"][0]["codes"]) for part in parts]
+
+    def right(folder):
+        wanted = [processor.codes(path) for path in sorted(folder.glob("*.png"))]
+        return all((a == b).all() for a, b in zip(codes_of(folder), wanted, strict=True))
+
+    first, second = files / "images", tmp_path / "second"
+    shutil.copytree(first, second)
+    for k, path in enumerate(sorted(second.glob("*.png"))):
+        Image.new("RGB", (20, 20), (250, 40 * k, 10)).save(path)
+    words = [f"out={out}", f"model={model}"]
+    for folder in (first, second):
+        assert encode(f"source={folder}", *words) == 0
+        assert "4 of 4 pictures" in capsys.readouterr().out
+    assert right(first) and right(second)
+    shutil.copy(second / "2.png", first / "1.png")
+    with pytest.raises(ValueError, match="1.png is not the picture that it was"):
+        codes_of(first)
+    assert encode(f"source={first}", *words) == 0
+    assert right(first) and right(second)
+    (first / "1.png").unlink()  # two were called so: which it was, nobody knows
+    known = CodeShards(out)
+    with pytest.raises(ValueError, match="no such image"):
+        known.of(readers.Picture("1.png", lambda: readers.bytes_of(first / "1.png")))
+
+
+def test_codes_of_none_of_the_pictures_are_no_mistake_to_pass_over(files, model, tmp_path):  # noqa: F811
+    assert encode(f"source={files}/images", f"out={tmp_path}/codes", f"model={model}") == 0
+    run = SimpleNamespace(seed=3, init=str(model))
+    with pytest.raises(ValueError, match="none of these pictures: .*'images/0.png'.*'0.png'"):
+        readers.own(run, f"{files}/index.jsonl", codes=f"{tmp_path}/codes")
+
+
+def test_pictures_inside_parquet_have_codes_too(files, model, tmp_path):  # noqa: F811
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = sorted((files / "images").glob("*.png"))
+    rows = [{"image": {"bytes": p.read_bytes(), "path": p.name}, "text": p.stem} for p in paths]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    words = [f"source={tmp_path}/d.parquet", "image=image", f"model={model}"]
+    assert encode(*words, f"out={tmp_path}/codes") == 0
+    run = SimpleNamespace(seed=3, init=str(model))
+    how = {"image": "image", "task": "draw", "codes": f"{tmp_path}/codes"}
+    source = readers.own(run, f"{tmp_path}/d.parquet", **how)
+    part = source.make(source.rows[2], np.random.default_rng(0))["messages"][1]["content"][0]
+    assert (part["codes"] == load_model(model)[1].codes(paths[2])).all()
 
 
 def test_codes_are_of_the_tokenizer_not_of_the_file_it_is_in(model, tmp_path):

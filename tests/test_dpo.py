@@ -278,7 +278,7 @@ def test_the_three_references_give_the_same_losses(run, tmp_path):
 def test_adapters_switched_off_are_the_reference(run):
     """With adapters that have learned, the model without them is still what it began as, and
     merging them changes nothing but the form."""
-    from unimm.training.adapters import add_adapters, merge_adapters, without_adapters
+    from unimm.checkpoints.adapters import add_adapters, merge_adapters, without_adapters
 
     model, processor = tiny_model()
     before = log_probs(model, processor, ROWS)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from unimm.data import readers
 from unimm.data.mixture import Mixture
 from unimm.data.sources import VALIDATION
 from unimm.training import previews
-from unimm.training.next_token import setup_unified
+from unimm.training.next_token import open_init, setup_unified
 from unimm.training.trainer import Parts, make_mixture, mixing_weights, train
 
 RUN = SimpleNamespace(seed=3)
@@ -362,8 +363,9 @@ def test_the_command_says_what_is_wrong_with_data(files, tmp_path, capsys):
     words = ["data", "check", "train/finetune.py", f"init={tmp_path / 'tiny'}"]
     sheet = tmp_path / "sheet.png"
     path = f"data.mine.path={files}/index.jsonl"
-    assert main([*words, path, "data.mine.keep=0.0", "--sheet", str(sheet)]) == 0
-    report = capsys.readouterr().out
+    assert main([*words, path, "data.mine.keep=0.0", "--sheet", str(sheet)]) == 2
+    report, last = capsys.readouterr()
+    assert "too many rows are broken to train on" in last
     assert "4 rows, 0 held out; 3 of 4 looked at are good" in report
     assert "1 x" in report and "3.png cannot be read as an image: empty file" in report
     shown = np.asarray(Image.open(sheet))
@@ -404,6 +406,91 @@ def test_a_picture_is_never_on_both_sides(files, tmp_path):
         kept, rest = ({name(row) for row in part} for part in (rows.kept, rows.rows))
         assert kept and rest and not kept & rest
         assert len(rows.kept) == 3 * len(kept)
+
+
+def test_pictures_that_rows_link_are_on_one_side(tmp_path):
+    """[a], [a, b], [b, c]: nothing of a row held out is in one of training."""
+    rows = []
+    for k in range(60):
+        shown = [[f"{k}a"], [f"{k}a", f"{k}b"], [f"{k}c", f"{k}b"]]
+        for names in shown:
+            content = [{"type": "image", "image": f"{name}.png"} for name in names]
+            rows.append({"messages": [{"role": "user", "content": content}]})
+    found = readers.messages(RUN, lines(tmp_path / "m.jsonl", rows), keep=0.3)
+    kept, rest = (
+        {part["image"] for row in side for part in row["messages"][0]["content"]}
+        for side in (found.kept, found.rows)
+    )
+    assert len(kept) % 3 == 0 and 20 < len(kept) < 100 and not kept & rest
+
+
+def test_several_pictures_of_a_llava_row_stand_where_they_are_named(files):
+    turns = ["<image>\nand <image> differ how?", "a dot", "sure?", "yes"]
+    talk = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(turns)]
+    rows = [{"image": ["0.png", "1.png"], "conversations": talk}]
+    rows += [{"image": names, "conversations": talk} for names in ("0.png", ["0.png"] * 3)]
+    (files / "several.json").write_text(json.dumps(rows))
+    found = readers.llava(RUN, f"{files}/several.json", f"{files}/images")
+    first = found.make(found.rows[0], np.random.default_rng(0))["messages"][0]["content"]
+    assert [part.get("text", Path(part.get("image", "")).name) for part in first] == [
+        "0.png", "and", "1.png", "differ how?",
+    ]  # fmt: skip
+    for row, wrong in zip(found.rows[1:], ("more <image> than", "more pictures than"), strict=True):
+        with pytest.raises(ValueError, match=wrong):
+            found.make(row, np.random.default_rng(0))
+
+
+def test_brackets_without_end_are_a_broken_row(tmp_path):
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + '\n{"file": "a.png", "text": "a"}\n')
+    broken, row = readers.read_jsonl(str(tmp_path / "deep.jsonl"))
+    assert "line 1 is not JSON" in broken["broken"] and row["text"] == "a"
+
+
+def test_too_much_that_is_broken_is_known_and_leaves_a_checkpoint(files, tmp_path, capsys):
+    save_model(tmp_path / "tiny", *tiny_model())
+    rows = [{"file": f"images/{k % 4 if k < 20 else 9}.png", "text": "a dot"} for k in range(24)]
+    words = [
+        f"data.mine.path={lines(files / 'b.jsonl', rows)}", "data.mine.keep=0.0",
+        f"init={tmp_path / 'tiny'}",
+    ]  # fmt: skip
+    assert main(["data", "check", "train/finetune.py", *words]) == 2
+    said = capsys.readouterr()
+    assert "so many broken ones stop a run" in said.out and "too many rows" in said.err
+    words += [
+        f"out={tmp_path / 'o'}",
+        "steps=40",
+        "batch_size=4",
+        "preview_every=0",
+        "save_every=0",
+    ]
+    assert main(["train", "train/finetune.py", *words]) == 2
+    assert "samples of the source 'mine' are broken" in capsys.readouterr().err
+    (left,) = (tmp_path / "o").glob("checkpoint-*")
+    assert int(left.name.split("-")[1]) > 3
+    assert main(["train", "train/finetune.py", *words, "most_broken=0.5"]) == 0
+    log = [json.loads(x) for x in (tmp_path / "o/log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in log] == sorted({x["step"] for x in log}) and log[-1]["step"] == 40
+
+
+def test_held_out_words_are_words(files, tmp_path):
+    """The slots around a drawn picture, which are known beforehand, are none."""
+    save_model(tmp_path / "tiny", *tiny_model())
+    words = [f"init={tmp_path / 'tiny'}", "batch_size=2", "precision=float32"]
+    run = override(load_recipe("train/finetune.py").config, words)
+    model, processor, _ = open_init(run)
+    found = {}
+    for task in ("draw", "describe"):
+        rows = readers.captions(RUN, f"{files}/index.jsonl", task=task)
+        found[task] = [(m, processor.encode(m)) for m in (rows[i]["messages"] for i in range(4))]
+    with torch.no_grad():
+        drawn = previews.held_out_nats(run, model, processor, {"a": found["draw"]})
+        told = previews.held_out_nats(run, model, processor, {"a": found["describe"]})
+        both = previews.held_out_nats(run, model, processor, {"a": sum(found.values(), [])})
+        rows = processor.collate([sample for _, sample in found["describe"]])
+        total, count = model(rows).nats["text"]
+    assert drawn.keys() == {"a_held_out_code_nats"} and told.keys() == {"a_held_out_text_nats"}
+    assert both == pytest.approx(drawn | told, rel=1e-5)
+    assert told["a_held_out_text_nats"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_pictures_of_one_name_in_several_folders_are_several(tmp_path):
@@ -586,12 +673,12 @@ def test_the_check_looks_at_all_that_a_run_would(files, tmp_path, capsys):
         row["file"] = "images/none.png" if row in kept else row["file"]
     path = lines(files / "h.jsonl", rows)
     some = [f"data.mine.path={path}", "data.mine.keep=0.2", "data.mine.keep_by=n"]
-    assert main([*words, *some, "most_broken=0.01"]) == 0
+    assert main([*words, *some, "most_broken=0.01"]) == 2
     report = capsys.readouterr().out
     assert f"{len(kept)} x no such image" in report and f"{40 - len(kept)} of 40" in report
     assert "stop a run (most_broken=0.01)" in report
     path = lines(files / "u.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    assert main([*words, f"data.mine.path={path}", "data.mine.keep=0.0"]) == 0
+    assert main([*words, f"data.mine.path={path}", "data.mine.keep=0.0"]) == 2
     assert "1 x there is nothing to learn" in capsys.readouterr().out
 
 

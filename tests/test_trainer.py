@@ -13,8 +13,8 @@ from torch import nn
 
 from unimm.config import Run, Source, load_recipe, override, run_main
 from unimm.data.mixture import Mixture, pieces, prefetch
-from unimm.training.state import plain_state
 from unimm.training.parallel import settled
+from unimm.training.state import plain_state
 from unimm.training.trainer import Parts, make_optimizers, rate_factor, train
 
 KEPT: dict = {}  # the model of the last run; how many steps are left before it is stopped
@@ -121,6 +121,42 @@ def test_precision_is_what_the_machine_does_faster(tmp_path, monkeypatch, known,
     assert settled(run) is run
     with pytest.raises(ValueError, match="'auto', 'bf16' or 'float32', not 'half'"):
         train(run_for(tmp_path / "c", precision="half"))
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [("log_every=0", "log_every must be 1"), ("packing=-7", "packing is 0 or more"),
+     ("warmup=-1", "warmup is 0"), ("save_every=-1", "save_every is 0"),
+     ("lora=true", "type int"), ("packing=True", "type int"), ("compile=1", "type bool")],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(tmp_path, word, said):
+    with pytest.raises(ValueError, match=said):
+        train(override(run_for(tmp_path / "a"), [word]))
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_that_are_no_numbers_are_no_checkpoint(tmp_path):
+    """The gradient of the first step is sound and the rate is not; the second step sees it."""
+    with pytest.raises(ValueError, match="not finite"):
+        train(run_for(tmp_path / "a", train=((r".*", 1e39),), save_every=0))
+    assert not list((tmp_path / "a").glob("checkpoint-*"))
+
+
+def test_data_that_have_changed_are_named(tmp_path, capsys):
+    class Counted(Numbers):
+        count = 30
+
+        def __len__(self):
+            return self.count
+
+    run = run_for(tmp_path / "a", data={"rows": Source(lambda run: Counted(0), 1.0)})
+    for size, said in ((30, False), (10, True)):
+        Counted.count = size
+        KEPT["left"] = 5
+        with pytest.raises(Stop):
+            train(run)
+        assert ("'rows' has 10 rows, and had 30" in capsys.readouterr().err) is said
+    KEPT.pop("left")
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_happened(tmp_path):

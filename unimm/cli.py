@@ -108,7 +108,10 @@ def train(args: argparse.Namespace) -> None:
     elif hasattr(recipe, "main"):
         print(run_main(recipe.main, args.words))
     elif hasattr(recipe, "config"):
-        print(train_run(begun(override(recipe.config, args.words))))
+        run = begun(override(recipe.config, args.words))
+        if (Path(run.out) / "done").exists():
+            print(f"{run.out} is finished: to train anew choose another out", file=sys.stderr)
+        print(train_run(run))
     else:
         raise ValueError(f"{args.recipe} is not a recipe: it has neither `config` nor `main`")
 
@@ -122,7 +125,11 @@ def check_data(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe)
     if not hasattr(recipe, "config"):
         raise ValueError(f"{args.recipe} has no `config`, so it names no sources")
-    print(check(override(recipe.config, args.words), args.n, args.sheet and Path(args.sheet)))
+    sheet = args.sheet and Path(args.sheet)
+    report, sound = check(override(recipe.config, args.words), args.n, sheet)
+    print(report)
+    if not sound:
+        raise ValueError("too many rows are broken to train on")
 
 
 def preferences(args: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def load_recipe(path: str | Path) -> ModuleType:
     """Run the recipe file at `path` and return its module. ValueError where there is none."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no such recipe: {path}")
+        raise ValueError(f"no such recipe: {path} (unimm's own are in train/ of its repository)")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python recipe (it should end in .py)")
@@ -159,7 +159,7 @@ def parse_value(text: str, like: Any, key: str) -> Any:
         return float(value)
     if isinstance(like, tuple) and isinstance(value, list):
         return tuple(value)
-    if not isinstance(value, type(like)):
+    if not isinstance(value, type(like)) or isinstance(value, bool) != isinstance(like, bool):
         kind = type(like).__name__
         raise ValueError(f"{key}={text}: expected a value of type {kind}, as in {key}={like}")
     return value

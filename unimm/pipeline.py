@@ -252,7 +252,7 @@ class UniMM:
 
 
 def edit_messages(image: Any, instruction: str) -> list[Message]:
-    """The conversation that `edit` continues: the instruction, then the picture, shown both ways."""
+    """The conversation that `edit` continues: the instruction, and the picture shown both ways."""
     picture = {"image": open_image(image), "view": ["patches", "codes"]}
     return [user(checked_text(instruction, "instruction"), picture)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unimm.checkpoints import emu3, janus, native
+from unimm.checkpoints import adapters, emu3, janus, native
 from unimm.checkpoints.shards import Places, fill, read_json, weight_files
 from unimm.data.processor import Processor
 from unimm.model.image_tokenizer import (
@@ -18,6 +18,7 @@ from unimm.model.image_tokenizer import (
     VQConfig,
     VQTokenizer,
 )
+from unimm.model.int8 import quantize_decoder
 from unimm.model.unified import UnifiedConfig, UnifiedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -50,12 +51,21 @@ def load_model(
 ) -> Loaded:
     """Model, processor and sampling defaults of a folder or a Hub id (`name/model[@revision]`).
 
+    A folder of adapters gives the model that they belong to with these merged into it.
+
     dtype: of the model's weights; "auto" is what is stored, "int8" that with the decoder's linear
     layers in int8 (unimm.model.int8). The image tokenizer stays float32.
     Raises ValueError or OSError, in one line that names the file, for what cannot be loaded.
     """
     kind = None if dtype == "auto" else check_dtype(dtype)
     folder = locate(source)
+    if base := adapters.base_of(folder):
+        float_dtype = "auto" if dtype == "int8" else dtype
+        model, processor, sampling = load_model(locate_base(base), float_dtype, device)
+        adapters.merge_stored(folder, model)
+        if dtype == "int8":
+            quantize_decoder(model)
+        return model, processor, sampling
     found = recognise(folder)
     load = native.load_model if found == native.FORMAT else load_janus
     load = load_emu3 if found in ("emu3", "Emu3") else load
@@ -163,6 +173,8 @@ def on_meta(
 def describe_model(source: str | Path) -> Description:
     """Read the configuration of a folder or a Hub id, and no weights."""
     folder = locate(source, weights=False)
+    if base := adapters.base_of(folder):
+        return describe_model(locate_base(base))
     kind = recognise(folder)
     if kind == native.FORMAT:
         data = native.read_config(folder)
@@ -229,6 +241,11 @@ def locate(source: str | Path, weights: bool = True) -> Path:
         raise ValueError(
             f"no such model folder: {source}, and the Hub does not give it: {reason}"
         ) from None
+
+
+def locate_base(base: str) -> Path | str:
+    """What adapters name as their model; "scenes" is the bundled one."""
+    return native.BUNDLED if base == "scenes" and not Path(base).exists() else base
 
 
 def check_dtype(name: str) -> torch.dtype:

@@ -1,17 +1,21 @@
 """Codes ahead of time: pictures become codes once, and training reads these in their place.
 
-A code shard is a safetensors file with `codes` (n, k) int32 and, in its header, the names of the n
-pictures and which image tokenizer made them. Its own name follows from those of its pictures, so
-that any number of processes, started again at will, make the same shards.
+A code shard is a safetensors file with `codes` (n, k) int32 and, in its header, the names and
+stamps of the n pictures and which image tokenizer made them. A stamp is the CRC-32 of a picture's
+bytes: codes are given for a picture of that name *and* content, never those of an older or of
+another picture. A shard's own name follows from all of this, so that any number of processes,
+started again at will, make the same shards.
 """
 
 import hashlib
+import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,21 +24,38 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from unimm.checkpoints.native import BUNDLED
+from unimm.data.images import open_image
 from unimm.data.processor import Processor
 
-Picture = tuple[str, Callable[[], Any]]  # a name, and what opens it
+
+class Picture(NamedTuple):
+    """What a picture is called, and what reads its bytes (ValueError or OSError where none is)."""
+
+    name: str
+    read: Callable[[], bytes]
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def image(self) -> Any:
+        return open_image(io.BytesIO(self.read()), name=self.name)
+
+    def stamp(self) -> str:
+        return f"{zlib.crc32(self.read()):08x}"
 
 
 class CodeShards:
-    """The codes in a folder, by the name of the picture.
+    """The codes in a folder, by name and stamp of the picture.
 
     maker: the image tokenizer (`made_by`) whose codes are wanted; None takes any.
     Raises ValueError for a folder without shards, a broken shard, and codes of another tokenizer.
     """
 
     def __init__(self, folder: str | Path, maker: str | None = None):
-        self.places: dict[str, tuple[Path, int]] = {}
+        self.folder = folder
+        self.places: dict[str, dict[str, tuple[Path, int]]] = {}
         self.open: dict[Path, np.ndarray] = {}
+        self.found: dict[str, tuple[Path, int]] = {}  # what was looked at, so that it is read once
         for path in sorted(Path(folder).glob("codes-*.safetensors")):
             try:
                 with safe_open(path, "np") as file:
@@ -43,21 +64,52 @@ class CodeShards:
                 raise ValueError(f"{path} cannot be read as a code shard: {error}") from None
             if maker is not None and about["maker"] != maker:
                 raise ValueError(f"the codes in {folder} are of another image tokenizer")
-            for k, name in enumerate(json.loads(about["names"])):
-                self.places[name] = path, k
+            if "stamps" not in about:
+                raise ValueError(f"{path} is of an earlier version: make the codes again")
+            both = zip(json.loads(about["names"]), json.loads(about["stamps"]), strict=True)
+            for k, (name, stamp) in enumerate(both):
+                self.places.setdefault(name, {})[stamp] = path, k
         if not self.places:
             raise ValueError(f"{folder} holds no codes: tokenizers/encode_images.py makes them")
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """The codes of one picture, (k,) int32."""
-        path, k = self.places[name]
+    def of(self, picture: Picture) -> np.ndarray:
+        """The codes of a picture, (k,) int32; ValueError where those of its name are of another
+        content. The picture is read the first time that it is asked for, if it is still there."""
+        if picture.name not in self.found:
+            known = self.places[picture.name]
+            try:
+                stamp = picture.stamp()
+            except (ValueError, OSError):
+                if len(known) > 1:
+                    raise
+                (stamp,) = known
+            if stamp not in known:
+                raise ValueError(
+                    f"{picture.name} is not the picture that it was when the codes in "
+                    f"{self.folder} were made: make them again (tokenizers/encode_images.py)"
+                )
+            self.found[picture.name] = known[stamp]
+        path, k = self.found[picture.name]
         if path not in self.open:
             with safe_open(path, "np") as file:
                 self.open[path] = file.get_tensor("codes")
         return self.open[path][k]
+
+    def check(self, names: Iterable[str]) -> None:
+        """ValueError where the codes are of none of these pictures."""
+        first = None
+        for name in names:
+            if name in self.places:
+                return
+            first = first or name
+        if first is not None:
+            raise ValueError(
+                f"the codes in {self.folder} are of none of these pictures: the first one is "
+                f"{first!r}, and in the codes {next(iter(self.places))!r}"
+            )
 
 
 def made_by(folder: str | Path) -> str:
@@ -94,6 +146,8 @@ def encode_pictures(
 ) -> tuple[int, list[str]]:
     """Write the code shards of `pictures` that are not there yet, each whole.
 
+    Pictures are read to know which are there, and decoded where they are not.
+
     Of all shards, this process makes those whose number is `part` modulo `parts`. Returns how many
     pictures it has encoded, and a line for each that cannot be read (they are left out).
     """
@@ -102,33 +156,48 @@ def encode_pictures(
     encoded = 0
     wrong: list[str] = []
     for chunk in tqdm(chunks[part::parts], desc="encoding", unit="shard", disable=None):
-        digest = hashlib.sha1(json.dumps([maker, *(name for name, _ in chunk)]).encode())
+        read = list(_read(chunk, wrong))
+        stamps = [(picture.name, picture.stamp()) for picture in read]
+        digest = hashlib.sha1(json.dumps([maker, *stamps]).encode())
         target = out / f"codes-{digest.hexdigest()[:16]}.safetensors"
         if target.exists():
             continue
         names, codes = [], []
-        for group in _read(chunk, processor, batch, wrong):
+        for group in _opened(read, processor, batch, wrong):
             names += [name for name, _ in group]
             codes.append(_encode(processor, torch.stack([pixels for _, pixels in group])))
         if names:
             scratch = out / f".{target.name}.{os.getpid()}.part"
-            about = {"names": json.dumps(names), "maker": maker}
-            save_file({"codes": torch.cat(codes)}, scratch, about)
+            of = dict(stamps)
+            about = {"names": names, "stamps": [of[name] for name in names]}
+            header = {key: json.dumps(value) for key, value in about.items()}
+            save_file({"codes": torch.cat(codes)}, scratch, {**header, "maker": maker})
             os.replace(scratch, target)
         encoded += len(names)
     return encoded, wrong
 
 
-def _read(
-    chunk: list[Picture], processor: Processor, batch: int, wrong: list[str]
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Names and pixels (3, s, s) in groups of `batch`; what cannot be read goes to `wrong`."""
-    group: list[tuple[str, torch.Tensor]] = []
-    for name, opened in chunk:
+def _read(chunk: list[Picture], wrong: list[str]) -> Iterator[Picture]:
+    """Pictures with their bytes in memory; what cannot be read goes to `wrong`."""
+    for picture in chunk:
         try:
-            group.append((name, processor.drawn_pixels(opened())))
+            data = picture.read()
         except (ValueError, OSError) as error:
-            wrong.append(f"{name}: {' '.join(str(error).split())}")
+            wrong.append(f"{picture.name}: {' '.join(str(error).split())}")
+            continue
+        yield Picture(picture.name, partial(bytes, data))
+
+
+def _opened(
+    pictures: list[Picture], processor: Processor, batch: int, wrong: list[str]
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Names and pixels (3, s, s) in groups of `batch`; what is no picture goes to `wrong`."""
+    group: list[tuple[str, torch.Tensor]] = []
+    for picture in pictures:
+        try:
+            group.append((picture.name, processor.drawn_pixels(picture.image())))
+        except (ValueError, OSError) as error:
+            wrong.append(f"{picture.name}: {' '.join(str(error).split())}")
         if len(group) == batch:
             yield group
             group = []

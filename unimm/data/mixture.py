@@ -6,6 +6,7 @@ behind its share), so a run that resumes, or runs on several ranks, sees the sam
 
 import math
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -76,15 +77,27 @@ class Mixture:
         counters = {"taken": self.taken, "seen": self.seen, "broken": self.broken}
         streams = {name: self.sources[name].state() for name in self._streams()}
         counts = {name: dict(count) for name, count in counters.items()}
-        return {"position": self.position, **counts, "streams": streams}
+        return {"position": self.position, **counts, "streams": streams, "sizes": self._sizes()}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there; a source that has other rows than then is named on stderr."""
+        for name, size in self._sizes().items():
+            if (before := state.get("sizes", {}).get(name, size)) != size:
+                print(
+                    f"the data have changed: {name!r} has {size} rows, and had {before} before the "
+                    "stop; the run goes on, but not as if it had never stopped",
+                    file=sys.stderr,
+                )
         self.position = state["position"]
         self.taken, self.seen, self.broken = (
             dict(state[name]) for name in ("taken", "seen", "broken")
         )
         for name in self._streams():
             self.sources[name].restore(state["streams"][name])
+
+    def _sizes(self) -> dict[str, int]:
+        """Of the sources that have one."""
+        return {n: len(self.sources[n]) for n in self.taken if hasattr(self.sources[n], "__len__")}
 
     def _streams(self) -> list[str]:
         """The sources that are read in one direction, and know where they stand."""

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from unimm.data.codes import CodeShards, made_by
+from unimm.data.codes import CodeShards, Picture, made_by
 from unimm.data.images import open_image
 from unimm.data.processor import assistant, cropped, user
 from unimm.data.sources import ASK_CAPTION, VALIDATION
@@ -71,15 +71,41 @@ def divided(
     rows: list[Any],
     make: Callable[[Any, np.random.Generator], Any],
     keep: float,
-    key: Callable[[Any], str],
+    key: Callable[[Any], Any],
     what: str | Path,
 ) -> Rows:
-    """`rows` in two: a share of `keep` is held out, all rows of equal `key` together."""
-    held = list(map(held_out(keep, key), rows))
+    """`rows` in two: a share of `keep` is held out, all rows of equal `key` together.
+
+    Where `key` gives several (the pictures of a row), rows that have one in common go together.
+    """
+    held = list(map(held_out(keep, linked(rows, key)), rows))
     train = [row for row, out in zip(rows, held, strict=True) if not out]
     if not train:
         raise ValueError(f"{what} holds no sample to train on")
     return Rows(train, make, run.seed, [row for row, out in zip(rows, held, strict=True) if out])
+
+
+def linked(rows: list[Any], key: Callable[[Any], Any]) -> Callable[[Any], str]:
+    """`key`, or where it gives tuples the least of all that are linked to them by rows."""
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while (up := above.setdefault(name, name)) != name:
+            above[name] = above[up]
+            name = above[name]
+        return name
+
+    for row in rows:
+        try:
+            names = key(row)
+        except (KeyError, TypeError, AttributeError):
+            continue  # a broken row
+        if not isinstance(names, tuple):
+            return key
+        tops = sorted(map(top, names))
+        above.update(dict.fromkeys(tops, tops[0]))
+
+    return lambda row: top(key(row)[0])
 
 
 def held_out(keep: float, key: Callable[[Any], str]) -> Callable[[Any], bool]:
@@ -170,8 +196,9 @@ def captions(
     """An index of pictures with texts: .jsonl, .csv or .parquet.
 
     image: the column of the path, relative to the index. text: a column (one of a list is taken at
-    random), or a form of several, "a {style} picture of {name}". task: "draw", "describe" or, by
-    turns, "both". keep_by: a column whose values are held out whole (by default rows are).
+    random), or a form of several, "a {style} picture of {name}". task: "draw", "describe" or, one
+    of the two at random, "both". keep_by: a column whose values are held out whole (by default
+    rows are).
     """
     folder, rows = Path(path).parent, read_table(path)
     if not rows:
@@ -186,9 +213,8 @@ def captions(
     known = open_codes(run, codes)
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
-        shown = row[image]
-        stored = shown.get("bytes") if isinstance(shown, dict) else None  # as `datasets` writes it
-        name = str(shown.get("path") or in_short(row)) if isinstance(shown, dict) else str(shown)
+        picture = picture_of(row, image, folder)
+        name = picture.name
         if None in row:  # as csv has it
             raise ValueError(f"{name}: there are more cells than columns")
         said = {}
@@ -199,10 +225,29 @@ def captions(
                 raise ValueError(f"{name}: {column} is no text, but {value!r}")
             said[column] = str(value)
         words = "".join(before + said.get(column, "") for before, column in form)
-        opened = folder / name if stored is None else open_image(io.BytesIO(stored), name=name)
-        return pictured(coded(opened, name, known), words, task, rng)
+        opened = picture.image() if isinstance(row[image], dict) else folder / name
+        return pictured(coded(opened, picture, known), words, task, rng)
 
+    if known is not None:
+        known.check(picture_of(row, image, folder).name for row in rows if image in row)
     return divided(run, rows, make, keep, lambda row: str(row[keep_by or image]), path)
+
+
+def picture_of(row: Row, image: str, folder: Path) -> Picture:
+    """The picture of a row: a path, or {"path", "bytes"} as `datasets` writes it."""
+    shown = row[image]
+    if not isinstance(shown, dict):
+        return Picture(str(shown), partial(bytes_of, folder / str(shown)))
+    name = str(shown.get("path") or in_short(row))
+    stored = shown.get("bytes")
+    return Picture(name, partial(bytes_of, folder / name) if stored is None else lambda: stored)
+
+
+def bytes_of(path: Path) -> bytes:
+    """ValueError where there is no such picture."""
+    if not path.is_file():
+        raise ValueError(f"no such image: {path}")
+    return path.read_bytes()
 
 
 def folder(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: str = "") -> Rows:
@@ -216,7 +261,7 @@ def folder(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: st
 
     def make(picture: Path, rng: np.random.Generator) -> dict[str, Any]:
         words, record = picture.with_suffix(".txt"), picture.with_suffix(".json")
-        shown = coded(picture, picture.relative_to(path).as_posix(), known)
+        shown = coded(picture, Picture(named(picture), partial(bytes_of, picture)), known)
         if words.exists():
             return pictured(shown, decoded(words.read_bytes(), words), task, rng)
         if not record.exists():
@@ -226,10 +271,12 @@ def folder(run: Any, path: str, task: str = "both", keep: float = 0.0, codes: st
             return {"messages": [_placed(m, picture.parent) for m in row["messages"]]}
         return pictured(shown, row["text"], task, rng)
 
-    def key(picture: Path) -> str:
-        return picture.relative_to(path).with_suffix("").as_posix()
+    def named(picture: Path) -> str:
+        return picture.relative_to(path).as_posix()
 
-    return divided(run, pictures, make, keep, key, path)
+    if known is not None:
+        known.check(map(named, pictures))
+    return divided(run, pictures, make, keep, lambda p: named(p.with_suffix("")), path)
 
 
 def coco(run: Any, path: str, images: str, task: str = "describe", keep: float = 0.0) -> Rows:
@@ -281,16 +328,27 @@ def llava(run: Any, path: str, images: str, keep: float = 0.0) -> Rows:
     """LLaVA's instruction JSON: {"image", "conversations": [{"from": "human"|"gpt", "value"}]}."""
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
-        talk = []
+        shown, talk = iter(images_of(row)), []
         for turn in row["conversations"]:
-            words = turn["value"].replace("<image>", "").strip()
-            parts = [words] if words else []
-            if "<image>" in turn["value"]:
-                parts.insert(0, {"image": str(Path(images) / row["image"])})
-            talk.append({"human": user, "gpt": assistant}[turn["from"]](*parts))
+            before, *behind = turn["value"].split("<image>")
+            parts: list[Any] = [before.strip()]
+            for words in behind:
+                if (name := next(shown, None)) is None:
+                    raise ValueError(f"{in_short(row)}: there are more <image> than pictures")
+                parts += [{"image": str(Path(images) / name)}, words.strip()]
+            talk.append({"human": user, "gpt": assistant}[turn["from"]](*filter(None, parts)))
+        if next(shown, None) is not None:
+            raise ValueError(f"{in_short(row)}: there are more pictures than <image>")
         return {"messages": talk}
 
-    return divided(run, read_json(path), make, keep, lambda row: str(row.get("image", row)), path)
+    def images_of(row: Row) -> list[str]:
+        named = row.get("image") or []
+        return named if isinstance(named, list) else [named]
+
+    def key(row: Row) -> tuple[str, ...]:
+        return tuple(map(str, images_of(row))) or (str(row),)
+
+    return divided(run, read_json(path), make, keep, key, path)
 
 
 def webdataset(
@@ -315,7 +373,7 @@ def webdataset(
         name = next((n for n in row if f".{n}" in PICTURES), None)
         if name is None or not ("txt" in row or "json" in row):
             raise ValueError(f"{key(row)}: a sample has a picture and a .txt or .json")
-        picture = coded(row[name], row[name].name, known)
+        picture = coded(row[name], Picture(row[name].name, row[name].read), known)
         if isinstance(picture, dict) and task == "draw":
             picture = {"codes": picture["codes"]}  # and the picture stays in its shard
         else:
@@ -333,6 +391,8 @@ def webdataset(
         opened = [partial(tar_stream, shard, name) for shard, name in shards.items()]
         return Stream(run.seed, opened, make, held_out(keep, key) if keep else None, block)
     rows = [row for shard, name in shards.items() for row in tar_samples(shard, name)]
+    if known is not None:
+        known.check(place.name for row in rows for n, place in row.items() if f".{n}" in PICTURES)
     return divided(run, rows, make, keep, key, path)
 
 
@@ -398,10 +458,10 @@ def pictures(run: Any, path: str, image: str = "file", keep: float = 0.1) -> Row
     does.
     """
 
-    def make(named: tuple[str, Callable[[], Any]], rng: np.random.Generator) -> Any:
-        return np.asarray(cropped(named[1](), run.options["image_size"]))
+    def make(picture: Picture, rng: np.random.Generator) -> Any:
+        return np.asarray(cropped(picture.image(), run.options["image_size"]))
 
-    rows = divided(run, list_pictures(path, image), make, keep, lambda named: named[0], path)
+    rows = divided(run, list_pictures(path, image), make, keep, lambda p: p.name, path)
     rows.kept = rows.kept or rows.rows
     return rows
 
@@ -409,28 +469,27 @@ def pictures(run: Any, path: str, image: str = "file", keep: float = 0.1) -> Row
 # ---------------------------------------------------------------------------- parts of readers
 
 
-def list_pictures(path: str, image: str = "file") -> list[tuple[str, Callable[[], Any]]]:
-    """All pictures of a folder, an index or tar shards: a name, as `codes` goes by, and an opener.
+def list_pictures(path: str, image: str = "file") -> list[Picture]:
+    """All pictures of a folder, an index or tar shards, each name once.
 
     Raises ValueError where there is none.
     """
-    found: dict[str, Callable[[], Any]] = {}
+    found: list[Picture] = []
     if Path(path).is_dir():
-        for picture in pictures_below(path):
-            found[picture.relative_to(path).as_posix()] = partial(open_image, picture)
+        for below in pictures_below(path):
+            found.append(Picture(below.relative_to(path).as_posix(), partial(bytes_of, below)))
     elif path.endswith(".tar"):
         shards = shards_of(path).items()
         for row in (row for shard, name in shards for row in tar_samples(shard, name)):
-            for place in (row[n] for n in row if f".{n}" in PICTURES):
-                found[place.name] = place.image
+            places = (row[n] for n in row if f".{n}" in PICTURES)
+            found += [Picture(place.name, place.read) for place in places]
     else:
         for row in read_table(path):
             if image in row:
-                name = str(row[image])
-                found[name] = partial(open_image, Path(path).parent / name)
+                found.append(picture_of(row, image, Path(path).parent))
     if not found:
         raise ValueError(f"{path} holds no picture (of an index, image=COLUMN names the column)")
-    return list(found.items())
+    return list({picture.name: picture for picture in found}.values())
 
 
 def open_codes(run: Any, folder: str) -> CodeShards | None:
@@ -442,11 +501,12 @@ def open_codes(run: Any, folder: str) -> CodeShards | None:
     return CodeShards(folder, maker if init else None)
 
 
-def coded(picture: Any, name: str, known: CodeShards | None) -> Any:
-    """The picture, with its codes where they are known."""
-    if known is None or name not in known:
-        return picture
-    return {"image": str(picture), "codes": known[name]}
+def coded(shown: Any, picture: Picture, known: CodeShards | None) -> Any:
+    """A picture as it is shown, with its codes where they are known."""
+    if known is None or picture.name not in known:
+        return shown
+    image = str(shown) if isinstance(shown, Path) else shown
+    return {"image": image, "codes": known.of(picture)}
 
 
 def pictures_below(path: str) -> list[Path]:
@@ -549,7 +609,7 @@ def read_jsonl(path: str) -> list[Row]:
             if line.strip():
                 try:
                     row = json.loads(decoded(line, f"line {number}"))
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     row = {"broken": f"line {number} is not JSON: {error}"}
                 except ValueError as error:
                     row = {"broken": str(error)}
@@ -579,7 +639,7 @@ def _placed(message: Row, folder: Path) -> Row:
     return {**message, "content": content}
 
 
-def _pictures_of(row: Row) -> str:
+def _pictures_of(row: Row) -> tuple[str, ...]:
     """What tells a row of messages from others: its pictures; itself where it has none."""
     parts = [
         part
@@ -588,7 +648,7 @@ def _pictures_of(row: Row) -> str:
         for part in message["content"]
     ]
     shown = [str(part["image"]) for part in parts if isinstance(part, dict) and "image" in part]
-    return "\n".join(shown) or json.dumps(row)
+    return tuple(shown) or (json.dumps(row),)
 
 
 def _unit(text: str) -> float:

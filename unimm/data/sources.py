@@ -370,8 +370,9 @@ def scenes_edits(run: Any, store: str, rivals: float = 0.0, world: str = "scenes
     """Instruction and picture -> the changed picture.
 
     The instruction comes first, so that a code of the picture knows what is to become of it, and
-    each code of the answer is at one distance from its own in the picture. `rivals`: the share that also has "false_messages", the same pictures around the instruction
-    most like the true one of some that would not have changed the one into the other.
+    each code of the answer is at one distance from its own in the picture. `rivals`: the share that
+    also has "false_messages", the same pictures with the instruction most like the true one of some
+    that would not have changed the one into the other.
     """
     pictures = PictureStore(store)
 

@@ -17,13 +17,15 @@ from unimm.training.next_token import learnable, open_init
 CELL, COLUMNS, SHOWN = 160, 6, 36  # the contact sheet: side of a cell, cells
 
 
-def check_data(run: Run, most: int, sheet: Path | None = None) -> str:
-    """Encode up to `most` samples of every source; a report in lines of text.
+def check_data(run: Run, most: int, sheet: Path | None = None) -> tuple[str, bool]:
+    """Encode up to `most` samples of every source: a report in lines of text, and whether a run
+    of them would go on to its end.
 
     `sheet`: where a picture of the first samples goes.
     """
     _, processor, _ = open_init(run)
     lines: list[str] = []
+    sound = True
     cells: list[tuple[Image.Image | None, str]] = []
     for name, source in run.data.items():
         rows = source.make(run, **source.options)
@@ -44,7 +46,8 @@ def check_data(run: Run, most: int, sheet: Path | None = None) -> str:
         size = "any number of rows" if total is None else f"{total} rows, {kept} held out"
         bad = sum(wrong.values())
         lines.append(f"{name}: {size}; {len(places) - bad} of {len(places)} looked at are good")
-        if bad > run.most_broken * max(100, len(places)):
+        if bad > run.most_broken * len(places):
+            sound = False
             lines.append(f"  so many broken ones stop a run (most_broken={run.most_broken})")
         if lengths:
             spread = np.percentile(lengths, (0, 50, 100)).astype(int)
@@ -52,7 +55,7 @@ def check_data(run: Run, most: int, sheet: Path | None = None) -> str:
         lines += [f"  {times} x {reason}" for reason, times in wrong.most_common(10)]
     if sheet is not None and cells:
         contact_sheet(cells).save(sheet)
-    return "\n".join(lines)
+    return "\n".join(lines), sound
 
 
 def conversation(row: Any) -> list[Message]:

@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unimm.config import Run
-from unimm.data.processor import Message, Processor, Sample
-from unimm.data.readers import Rows
-from unimm.model.unified import Batch, UnifiedModel
-from unimm.training.adapters import (
+from unimm.checkpoints.adapters import (
     add_adapters,
     base_parameters,
     merge_adapters,
     without_adapters,
 )
+from unimm.config import Run
+from unimm.data.processor import Message, Processor, Sample
+from unimm.data.readers import Rows
+from unimm.model.unified import Batch, UnifiedModel
 from unimm.training.losses import dpo_loss
 from unimm.training.next_token import open_init, unified_parts
 from unimm.training.trainer import Parts, rate_of

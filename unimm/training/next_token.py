@@ -1,7 +1,6 @@
 """Training of the unified model: the next-token step, and what a run of it sets up."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from unimm.checkpoints.load import load_model
-from unimm.checkpoints.native import BUNDLED, save_model
+from unimm.checkpoints.adapters import (
+    add_adapters,
+    merge_adapters,
+    merge_stored,
+    save_adapters,
+)
+from unimm.checkpoints.load import load_model, locate_base
+from unimm.checkpoints.native import save_model
 from unimm.checkpoints.parts import assemble_parts
 from unimm.config import Begin, Run
 from unimm.data.packing import collate_packed
 from unimm.data.processor import Processor, Sample
 from unimm.model.int8 import quantize_decoder
 from unimm.model.unified import TEXT, Batch, UnifiedModel
-from unimm.training.adapters import (
-    FILES,
-    add_adapters,
-    merge_adapters,
-    merge_stored,
-    save_adapters,
-)
 from unimm.training.previews import HeldOut, held_out_nats, held_out_rows, show
 from unimm.training.trainer import Parts, rate_of
 
@@ -65,13 +63,7 @@ def open_init(run: Run) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
         raise ValueError("this run starts from a model folder: init=DIR")
     if isinstance(run.init, Begin):
         return assemble_parts(run.init, torch.float32)
-    init = Path(run.init)
-    if (init / FILES[0]).exists():  # adapters that were kept apart
-        base = json.loads((init / FILES[0]).read_text())["base_model_name_or_path"]
-        model, processor, sampling = open_init(dataclasses.replace(run, init=base))
-        merge_stored(init, model)
-        return model, processor, sampling
-    return load_model(BUNDLED if run.init == "scenes" and not init.exists() else run.init)
+    return load_model(locate_base(run.init))
 
 
 def unified_parts(

@@ -30,7 +30,7 @@ def settled(run: Run) -> Run:
 
 def _fast_half() -> bool:
     """Whether this CPU has instructions for products of bfloat16."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     names = ("amx_bf16", "avx512_bf16", "bf16")
     return any(bool(known.get(name)) for name in names)
 

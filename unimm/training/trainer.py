@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from unimm.checkpoints.adapters import adapted_name
 from unimm.config import Rates, Run
 from unimm.data.mixture import Mixture, Origin, pieces, prefetch
 from unimm.data.packing import pack
-from unimm.training.adapters import adapted_name
 from unimm.training.log import Log
 from unimm.training.parallel import Team, settled
 from unimm.training.state import (
@@ -116,7 +117,12 @@ def train(run: Run) -> Path:
     cursor = mixture.state()
     with closing(prefetch(make_step, run.steps - start)) as ahead, Signal() as asked_to_stop:
         for step in range(start, run.steps):
-            todo, next_cursor = log.timed(lambda: next(ahead))
+            try:
+                todo, next_cursor = log.timed(lambda: next(ahead))
+            except ValueError:  # too much of a source is broken
+                if team.ranks == 1:
+                    save(step)
+                raise
             mine = sum(count(piece.batch, run) for piece in todo)
             weights, most, stops = team.gather([mine, len(todo), asked_to_stop()]).T
             if stops.any():
@@ -145,7 +151,7 @@ def train(run: Run) -> Path:
             norms = {name: clip(optimizer, run.clip) for name, optimizer in optimizers.items()}
             sound = all(map(math.isfinite, norms.values()))  # the same on all ranks
             if wrong or not sound:
-                if not sound and team.gather([has_finite_buffers(model)]).all():
+                if not sound and team.gather([is_finite(model)]).all():
                     save(step)
                 raise ValueError(not_finite(step, wrong, out))
             told += [(name, None, {f"{name}_gradient": norm}) for name, norm in norms.items()]
@@ -183,8 +189,11 @@ def checked_folder(run: Run) -> Path:
         raise ValueError("a run needs a folder for its result: out=DIR")
     if run.precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision is 'auto', 'bf16' or 'float32', not {run.precision!r}")
-    if min(run.steps, run.batch_size, run.accumulate) < 1:
-        raise ValueError("steps, batch_size and accumulate must be 1 or more")
+    if min(run.steps, run.batch_size, run.accumulate, run.log_every) < 1:
+        raise ValueError("steps, batch_size, accumulate and log_every must be 1 or more")
+    for name in ("warmup", "packing", "preview_every", "save_every", "lora"):
+        if getattr(run, name) < 0:
+            raise ValueError(f"{name} is 0 or more, not {getattr(run, name)}")
     check_same_run(Path(run.out), run)
     return Path(run.out)
 
@@ -269,9 +278,12 @@ def cut(drawn: list[tuple[Origin, Any]], parts: Parts, run: Run) -> list[Piece]:
     return found
 
 
-def has_finite_buffers(model: nn.Module) -> bool:
-    """Running statistics take in a forward before its loss is known."""
-    return all(bool(b.isfinite().all()) for b in model.buffers() if b.is_floating_point())
+def is_finite(model: nn.Module) -> bool:
+    """Whether all that this rank holds is: running statistics take in a forward before its loss is
+    known, and weights a step whose gradient was finite and too large."""
+    every = chain(model.parameters(), model.buffers())
+    held = (t.to_local() if isinstance(t, DTensor) else t for t in every)
+    return all(bool(t.isfinite().all()) for t in held if t.is_floating_point())
 
 
 def not_finite(step: int, wrong: list[Origin], out: Path) -> str:

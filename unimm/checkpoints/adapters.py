@@ -7,6 +7,7 @@ peft is an optional extra: `pip install unimm[lora]`.
 """
 
 import copy
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -120,12 +121,23 @@ def save_adapters(folder: Path, model: nn.Module, base: str) -> None:
     part.rename(folder / FILES[1])
 
 
+def base_of(folder: Path) -> str:
+    """The model that the adapters in a folder belong to; "" where it is no folder of adapters."""
+    about = folder / FILES[0]
+    if not about.is_file() or (folder / "config.json").exists():
+        return ""
+    return str(json.loads(about.read_text())["base_model_name_or_path"])
+
+
 def merge_stored(folder: Path, model: nn.Module) -> None:
     """Put the adapters of `save_adapters` onto their base and merge them.
 
     Raises ValueError where they do not fit it.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError(f"{folder} holds adapters: pip install unimm[lora]") from None
 
     inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), model)
     stored = load_file(folder / FILES[1])
