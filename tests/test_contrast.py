@@ -309,3 +309,11 @@ def test_a_hidden_prompt_has_no_rival(tmp_path):
     for m in made:
         seen = np.array_equal(m.sample.ids, processor.encode(item["messages"]).ids)
         assert (m.rival is not None) == seen
+    parts = setup_contrast(dataclasses.replace(run, drop_prompt=0.0, options={"changes": 3.0}))
+    shown, changed = {"codes": codes, "view": ["codes"]}, [*codes[1:], 2]
+    edit, other = (
+        [user(words, shown), assistant({"codes": changed})] for words in ("make it", "leave it")
+    )
+    made = parts.prepare({"messages": edit, "false_messages": other}, np.random.default_rng(0))
+    for sample in (made.sample, made.rival):  # the same weights, or margins would be of them
+        assert sample.score.max() == 3 and (sample.score == 3).sum() == 1

@@ -125,7 +125,8 @@ def test_precision_is_what_the_machine_does_faster(tmp_path, monkeypatch, known,
 
 @pytest.mark.parametrize(
     "word, said",
-    [("log_every=0", "log_every must be 1"), ("packing=-7", "packing is 0 or more"),
+    [("log_every=0", "log_every is 1 or"), ("workers=0", "workers is 1 or"),
+     ("packing=-7", "packing is 0 or more"),
      ("warmup=-1", "warmup is 0"), ("save_every=-1", "save_every is 0"),
      ("lora=true", "type int"), ("packing=True", "type int"), ("compile=1", "type bool")],
 )  # fmt: skip
@@ -140,6 +141,42 @@ def test_weights_that_are_no_numbers_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         train(run_for(tmp_path / "a", train=((r".*", 1e39),), save_every=0))
     assert not list((tmp_path / "a").glob("checkpoint-*"))
+
+
+def test_workers_are_faster_and_change_nothing():
+    class Slow:
+        def __getitem__(self, i):
+            time.sleep(0.01)
+            if i % 7 == 3:
+                raise ValueError(f"row {i}")
+            return i
+
+    class InOrder:
+        given = 0
+
+        def __getitem__(self, i):
+            self.given += 1
+            return -self.given
+
+        def state(self):
+            return {}
+
+        restore = state
+
+    drawn, times = [], []
+    for workers in (1, 8):
+        told = []
+        sources = {"rows": Slow(), "stream": InOrder()}
+        mixture = Mixture(
+            sources, {"rows": 3, "stream": 1}, 5, lambda item, rng: (item, rng.random()),
+            lambda name, reason, told=told: told.append(reason), most_broken=0.9, workers=workers,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        found = [mixture.draw(40, 0, 2), mixture.draw(40, 1, 2)]
+        times.append(time.perf_counter() - begin)
+        drawn.append((found, mixture.seen, mixture.broken, sorted(told)))
+    assert drawn[0] == drawn[1] and drawn[0][2]["rows"] > 3
+    assert times[1] < 0.6 * times[0]
 
 
 def test_data_that_have_changed_are_named(tmp_path, capsys):

@@ -77,6 +77,7 @@ class Run:
     compile: bool = (
         False  # fuse the decoder's layers (torch.compile; needs a C++ compiler on a CPU)
     )
+    workers: int = 1  # threads that read and prepare samples ahead
     packing: int = 0  # slots a row into which several samples are packed; 0: a sample a row
     recompute: bool = False  # forward a layer again in the backward, to hold less memory
     shard: bool = False  # FSDP2: each rank holds a part of the weights

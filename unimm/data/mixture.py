@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class Mixture:
     prepare(item, rng): what turns an item into a sample, with a generator that depends on
     (seed, position in the stream) alone. A row that raises ValueError or OSError is left out and
     told to note(name, reason); a source of which more than `most_broken` is, stops the run.
+    workers: threads that read and prepare samples (a `Stream` is read by one), which changes none.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Mixture:
         prepare: Callable[[Any, np.random.Generator], Any] | None = None,
         note: Callable[[str, str], None] | None = None,
         most_broken: float = 0.05,
+        workers: int = 1,
     ):
         active = [name for name in sources if weights[name] > 0]
         if not active or min(weights.values()) < 0:
@@ -45,6 +48,8 @@ class Mixture:
         self.sources, self.seed, self.prepare = sources, seed, prepare
         self.note, self.most_broken = note, most_broken
         self.seen, self.broken = dict.fromkeys(active, 0), dict.fromkeys(active, 0)
+        self.pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        self.lock = threading.Lock()  # of the two counters, and of `note`
 
     def next_name(self) -> tuple[str, int]:
         """The source of the next sample and its index there; moves the cursor on."""
@@ -69,8 +74,15 @@ class Mixture:
             position = self.position
             name, index = self.next_name()
             if offset * ranks // count == rank:  # a run of them, in which all sources are
-                mine.append(self._sample(name, index, position))
-        return mine
+                mine.append((name, index, position))
+        if self.pool is None:
+            return [self._sample(*place) for place in mine]
+        streams = self._streams()
+        made = {k: self._sample(*place) for k, place in enumerate(mine) if place[0] in streams}
+        rest = [k for k in range(len(mine)) if k not in made]
+        samples = self.pool.map(lambda k: self._sample(*mine[k]), rest)
+        made |= zip(rest, samples, strict=True)
+        return [made[k] for k in range(len(mine))]
 
     def state(self) -> dict[str, Any]:
         """The cursor, JSON-able: a mixture that is given it with `restore` goes on from there."""
@@ -105,7 +117,8 @@ class Mixture:
 
     def _sample(self, name: str, index: int, position: int) -> tuple[Origin, Any]:
         for attempt in range(TRIES):
-            self.seen[name] += 1
+            with self.lock:
+                self.seen[name] += 1
             try:
                 place = index + attempt * STRIDE
                 item = self.sources[name][place]
@@ -115,9 +128,10 @@ class Mixture:
                 return (name, named(place) if named else place), item
             except (ValueError, OSError) as error:
                 reason = " ".join(str(error).split())
-                self.broken[name] += 1
-                if self.note is not None:
-                    self.note(name, reason)
+                with self.lock:
+                    self.broken[name] += 1
+                    if self.note is not None:
+                        self.note(name, reason)
                 if self.broken[name] > self.most_broken * max(100, self.seen[name]):
                     break
         raise ValueError(

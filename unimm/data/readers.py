@@ -60,10 +60,11 @@ class Rows:
         """Where sample i is: rows, which pass over them, and which of them."""
         rows, i = (self.rows, i) if i < VALIDATION else (self.kept, i - VALIDATION)
         turn, place = divmod(i, len(rows))
-        if (turn, len(rows)) not in self.orders:
+        order = self.orders.get((turn, len(rows)))
+        if order is None:
             order = np.random.default_rng((self.seed, 21, turn)).permutation(len(rows))
             self.orders = {(turn, len(rows)): order}
-        return rows, turn, int(self.orders[turn, len(rows)][place])
+        return rows, turn, int(order[place])
 
 
 def divided(

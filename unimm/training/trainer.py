@@ -189,8 +189,9 @@ def checked_folder(run: Run) -> Path:
         raise ValueError("a run needs a folder for its result: out=DIR")
     if run.precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision is 'auto', 'bf16' or 'float32', not {run.precision!r}")
-    if min(run.steps, run.batch_size, run.accumulate, run.log_every) < 1:
-        raise ValueError("steps, batch_size, accumulate and log_every must be 1 or more")
+    for name in ("steps", "batch_size", "accumulate", "log_every", "workers"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} is 1 or more, not {getattr(run, name)}")
     for name in ("warmup", "packing", "preview_every", "save_every", "lora"):
         if getattr(run, name) < 0:
             raise ValueError(f"{name} is 0 or more, not {getattr(run, name)}")
@@ -223,6 +224,7 @@ def make_mixture(
         parts.prepare,
         None if progress is None else note,
         run.most_broken,
+        run.workers,
     )
     if progress and "mixture" in progress:
         cursor = progress["mixture"]
@@ -328,7 +330,7 @@ def check_same_run(out: Path, run: Run) -> None:
     there = {**unset, **json.loads((out / "run.json").read_text())}
     there, here = (json.loads(json.dumps(record)) for record in (there, run.record()))
     free = {"out", "log_every", "preview_every", "save_every", "tensorboard", "shard", "recompute"}
-    free.add("most_broken")  # so that a run that stopped by it can go on
+    free |= {"workers", "most_broken"}  # so that a run that stopped by the latter can go on
     free |= set() if (out / "done").exists() else {"steps", "train", "clip", "precision"}
     for key in sorted(set(here) - free):
         if there.get(key) != here[key]:
