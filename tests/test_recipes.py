@@ -32,9 +32,6 @@ STAGES = {
     "longer.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
-    "edits.py": {
-        "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
-    },
     "relations.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },

@@ -54,7 +54,7 @@ config = dataclasses.replace(
         "equal": Source(
             scenes_pictures, weight=1, options={**STORE, "only": "equal", "rivals": True}
         ),
-        "edits": Source(scenes_edits, weight=4, options={**EDITS, "rivals": 0.3}),
+        "edits": Source(scenes_edits, weight=2, options={**EDITS, "rivals": 0.5}),
         "chats": Source(scenes_chats, weight=0.5, options=EDITS),
     },
     steps=2_000,
@@ -62,5 +62,5 @@ config = dataclasses.replace(
     compile=True,
     accumulate=2,
     packing=448,
-    options={**stage3.options, "contrast": 4.0, "changes": 3.0},
+    options={**stage3.options, "contrast": 4.0},
 )

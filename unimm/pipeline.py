@@ -252,9 +252,9 @@ class UniMM:
 
 
 def edit_messages(image: Any, instruction: str) -> list[Message]:
-    """The conversation that `edit` continues: the instruction, and the picture shown both ways."""
+    """The conversation that `edit` continues: the picture is shown both ways."""
     picture = {"image": open_image(image), "view": ["patches", "codes"]}
-    return [user(checked_text(instruction, "instruction"), picture)]
+    return [user(picture, checked_text(instruction, "instruction"))]
 
 
 def checked_text(text: str, what: str) -> str:

@@ -367,12 +367,10 @@ def retold(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def scenes_edits(run: Any, store: str, rivals: float = 0.0, world: str = "scenes") -> Made:
-    """Instruction and picture -> the changed picture.
+    """Picture and instruction -> the changed picture.
 
-    The instruction comes first, so that a code of the picture knows what is to become of it, and
-    each code of the answer is at one distance from its own in the picture. `rivals`: the share that
-    also has "false_messages", the same pictures with the instruction most like the true one of some
-    that would not have changed the one into the other.
+    `rivals`: the share that also has "false_messages", the same pictures around the instruction
+    most like the true one of some that would not have changed the one into the other.
     """
     pictures = PictureStore(store)
 
@@ -380,14 +378,14 @@ def scenes_edits(run: Any, store: str, rivals: float = 0.0, world: str = "scenes
         k = int(rng.integers(len(pictures.instructions)))
         before, after = {**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1)
         words = pictures.instructions[k]
-        talk = _talk(user(words, before), assistant(after))
+        talk = _talk(user(before, words), assistant(after))
         if rng.random() < rivals:
             old, new = pictures.scene(2 * k), pictures.scene(2 * k + 1)
             others = [edits(WORLDS[world], old, rng) for _ in range(8)]
             false = [said for said, made in others if not edit_holds(old, new, made)]
             if false:
                 alike = max(false, key=lambda said: len({*said.split()} & {*words.split()}))
-                talk["false_messages"] = [user(alike, before), assistant(after)]
+                talk["false_messages"] = [user(before, alike), assistant(after)]
         return talk
 
     return Made(make, (run.seed, 5))
