@@ -119,15 +119,16 @@ def test_pictures_inside_parquet_have_codes_too(files, model, tmp_path):  # noqa
     import pyarrow.parquet
 
     paths = sorted((files / "images").glob("*.png"))
-    rows = [{"image": {"bytes": p.read_bytes(), "path": p.name}, "text": p.stem} for p in paths]
+    rows = [{"image": {"bytes": p.read_bytes(), "path": "a.png"}, "text": p.stem} for p in paths]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     words = [f"source={tmp_path}/d.parquet", "image=image", f"model={model}"]
     assert encode(*words, f"out={tmp_path}/codes") == 0
     run = SimpleNamespace(seed=3, init=str(model))
     how = {"image": "image", "task": "draw", "codes": f"{tmp_path}/codes"}
     source = readers.own(run, f"{tmp_path}/d.parquet", **how)
-    part = source.make(source.rows[2], np.random.default_rng(0))["messages"][1]["content"][0]
-    assert (part["codes"] == load_model(model)[1].codes(paths[2])).all()
+    for row, path in zip(source.rows, paths, strict=True):  # all of one name
+        part = source.make(row, np.random.default_rng(0))["messages"][1]["content"][0]
+        assert (part["codes"] == load_model(model)[1].codes(path)).all()
 
 
 def test_codes_are_of_the_tokenizer_not_of_the_file_it_is_in(model, tmp_path):

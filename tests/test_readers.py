@@ -428,13 +428,18 @@ def test_several_pictures_of_a_llava_row_stand_where_they_are_named(files):
     turns = ["<image>\nand <image> differ how?", "a dot", "sure?", "yes"]
     talk = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(turns)]
     rows = [{"image": ["0.png", "1.png"], "conversations": talk}]
-    rows += [{"image": names, "conversations": talk} for names in ("0.png", ["0.png"] * 3)]
+    rows += [{"image": ["0.png"] * n, "conversations": talk} for n in (0, 3)]
     (files / "several.json").write_text(json.dumps(rows))
     found = readers.llava(RUN, f"{files}/several.json", f"{files}/images")
     first = found.make(found.rows[0], np.random.default_rng(0))["messages"][0]["content"]
     assert [part.get("text", Path(part.get("image", "")).name) for part in first] == [
         "0.png", "and", "1.png", "differ how?",
     ]  # fmt: skip
+    again = found.make({**rows[0], "image": "0.png"}, np.random.default_rng(0))["messages"][0]
+    assert [Path(p.get("image", "")).name for p in again["content"]] == ["0.png", "", "0.png", ""]
+    unnamed = {"image": "0.png", "conversations": [{"from": "human", "value": "what?"}]}
+    (alone,) = found.make(unnamed, np.random.default_rng(0))["messages"]
+    assert Path(alone["content"][0]["image"]).name == "0.png" and len(alone["content"]) == 2
     for row, wrong in zip(found.rows[1:], ("more <image> than", "more pictures than"), strict=True):
         with pytest.raises(ValueError, match=wrong):
             found.make(row, np.random.default_rng(0))
@@ -578,7 +583,7 @@ def test_a_name_that_is_not_utf_8_is_a_name(files):
     assert len(rows.rows) + len(rows.kept) == before + 1
     run = SimpleNamespace(
         data={"mine": Source(lambda run: readers.folder(RUN, str(files / "images")))},
-        out=str(files), seed=3, mixing="weights", most_broken=0.5,
+        out=str(files), seed=3, mixing="weights", most_broken=0.5, workers=1,
     )  # fmt: skip
     make_mixture(run, Parts(torch.nn.Identity(), list), {}).take(8)
     assert "has no text" in (files / "left_out.txt").read_text(encoding="utf-8")

@@ -116,7 +116,12 @@ def test_precision_is_what_the_machine_does_faster(tmp_path, monkeypatch, known,
     train(run_for(tmp_path / "a", steps=1, step=watched, precision="auto"))
     # accelerate's model gives float32 back; `square` is inside the same autocast
     assert seen == [("bf16" if half else "float32", torch.float32)]
-    assert json.loads((tmp_path / "a/run.json").read_text())["precision"] == "auto"
+    kept = json.loads((tmp_path / "a/run.json").read_text())["precision"]
+    assert kept == seen[0][0]
+    train(run_for(tmp_path / "a", steps=1, step=watched, precision="auto"))  # finished, as it is
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not half})
+    assert settled(run_for(tmp_path / "a", precision="auto")).precision == kept  # as it began
+    assert len(seen) == 1
     run = run_for(tmp_path / "b", precision="bf16")
     assert settled(run) is run
     with pytest.raises(ValueError, match="'auto', 'bf16' or 'float32', not 'half'"):

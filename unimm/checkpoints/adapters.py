@@ -126,7 +126,13 @@ def base_of(folder: Path) -> str:
     about = folder / FILES[0]
     if not about.is_file() or (folder / "config.json").exists():
         return ""
-    return str(json.loads(about.read_text())["base_model_name_or_path"])
+    try:
+        base = json.loads(about.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{about} does not say whose adapters these are: {error!r}") from None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{about} does not say whose adapters these are")
+    return base
 
 
 def merge_stored(folder: Path, model: nn.Module) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +64,9 @@ class CodeShards:
             if maker is not None and about["maker"] != maker:
                 raise ValueError(f"the codes in {folder} are of another image tokenizer")
             if "stamps" not in about:
-                raise ValueError(f"{path} is of an earlier version: make the codes again")
+                raise ValueError(
+                    f"{path} is of an earlier version: remove the folder and make the codes again"
+                )
             both = zip(json.loads(about["names"]), json.loads(about["stamps"]), strict=True)
             for k, (name, stamp) in enumerate(both):
                 self.places.setdefault(name, {})[stamp] = path, k
@@ -156,20 +157,19 @@ def encode_pictures(
     encoded = 0
     wrong: list[str] = []
     for chunk in tqdm(chunks[part::parts], desc="encoding", unit="shard", disable=None):
-        read = list(_read(chunk, wrong))
-        stamps = [(picture.name, picture.stamp()) for picture in read]
-        digest = hashlib.sha1(json.dumps([maker, *stamps]).encode())
+        stamps = dict(_stamped(chunk, wrong))
+        digest = hashlib.sha1(json.dumps([maker, *stamps.items()]).encode())
         target = out / f"codes-{digest.hexdigest()[:16]}.safetensors"
         if target.exists():
             continue
         names, codes = [], []
-        for group in _opened(read, processor, batch, wrong):
+        there = [picture for picture in chunk if picture.name in stamps]
+        for group in _opened(there, processor, batch, wrong):
             names += [name for name, _ in group]
             codes.append(_encode(processor, torch.stack([pixels for _, pixels in group])))
         if names:
             scratch = out / f".{target.name}.{os.getpid()}.part"
-            of = dict(stamps)
-            about = {"names": names, "stamps": [of[name] for name in names]}
+            about = {"names": names, "stamps": [stamps[name] for name in names]}
             header = {key: json.dumps(value) for key, value in about.items()}
             save_file({"codes": torch.cat(codes)}, scratch, {**header, "maker": maker})
             os.replace(scratch, target)
@@ -177,15 +177,13 @@ def encode_pictures(
     return encoded, wrong
 
 
-def _read(chunk: list[Picture], wrong: list[str]) -> Iterator[Picture]:
-    """Pictures with their bytes in memory; what cannot be read goes to `wrong`."""
+def _stamped(chunk: list[Picture], wrong: list[str]) -> Iterator[tuple[str, str]]:
+    """Names and stamps; what cannot be read goes to `wrong`."""
     for picture in chunk:
         try:
-            data = picture.read()
+            yield picture.name, picture.stamp()
         except (ValueError, OSError) as error:
             wrong.append(f"{picture.name}: {' '.join(str(error).split())}")
-            continue
-        yield Picture(picture.name, partial(bytes, data))
 
 
 def _opened(

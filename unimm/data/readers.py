@@ -14,6 +14,8 @@ import json
 import os
 import re
 import string
+import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +81,9 @@ def divided(
 
     Where `key` gives several (the pictures of a row), rows that have one in common go together.
     """
-    held = list(map(held_out(keep, linked(rows, key)), rows))
+    held = list(map(held_out(keep, linked(rows, key) if keep else key), rows))
+    if keep and not any(held):
+        print(f"{what}: nothing is held out, as its rows are few, or linked", file=sys.stderr)
     train = [row for row, out in zip(rows, held, strict=True) if not out]
     if not train:
         raise ValueError(f"{what} holds no sample to train on")
@@ -139,7 +143,7 @@ def own(
 
     image, text and keep_by are for an index, see `captions`; stream and block for tar shards, see
     `webdataset`; task for all that has captions, and codes too: a folder of code shards, whose
-    codes drawn pictures get without being opened.
+    codes drawn pictures get without being decoded.
     """
     if not path:
         raise ValueError(
@@ -226,7 +230,8 @@ def captions(
                 raise ValueError(f"{name}: {column} is no text, but {value!r}")
             said[column] = str(value)
         words = "".join(before + said.get(column, "") for before, column in form)
-        opened = picture.image() if isinstance(row[image], dict) else folder / name
+        inside = isinstance(row[image], dict) and row[image].get("bytes") is not None
+        opened = picture.image() if inside else folder / name
         return pictured(coded(opened, picture, known), words, task, rng)
 
     if known is not None:
@@ -239,9 +244,10 @@ def picture_of(row: Row, image: str, folder: Path) -> Picture:
     shown = row[image]
     if not isinstance(shown, dict):
         return Picture(str(shown), partial(bytes_of, folder / str(shown)))
-    name = str(shown.get("path") or in_short(row))
-    stored = shown.get("bytes")
-    return Picture(name, partial(bytes_of, folder / name) if stored is None else lambda: stored)
+    name, stored = str(shown.get("path") or in_short(row)), shown.get("bytes")
+    if stored is None:
+        return Picture(name, partial(bytes_of, folder / name))
+    return Picture(f"{name}#{zlib.crc32(stored):08x}", lambda: stored)  # such paths are often alike
 
 
 def bytes_of(path: Path) -> bytes:
@@ -329,9 +335,14 @@ def llava(run: Any, path: str, images: str, keep: float = 0.0) -> Rows:
     """LLaVA's instruction JSON: {"image", "conversations": [{"from": "human"|"gpt", "value"}]}."""
 
     def make(row: Row, rng: np.random.Generator) -> dict[str, Any]:
-        shown, talk = iter(images_of(row)), []
-        for turn in row["conversations"]:
-            before, *behind = turn["value"].split("<image>")
+        names, talk = images_of(row), []
+        said = [turn["value"] for turn in row["conversations"]]
+        if len(names) == 1:  # which may be named in several turns, or in none
+            said[0] = said[0] if "<image>" in "".join(said) else f"<image>{said[0]}"
+            names *= "".join(said).count("<image>")
+        shown = iter(names)
+        for turn, value in zip(row["conversations"], said, strict=True):
+            before, *behind = value.split("<image>")
             parts: list[Any] = [before.strip()]
             for words in behind:
                 if (name := next(shown, None)) is None:

@@ -18,8 +18,8 @@ CELL, COLUMNS, SHOWN = 160, 6, 36  # the contact sheet: side of a cell, cells
 
 
 def check_data(run: Run, most: int, sheet: Path | None = None) -> tuple[str, bool]:
-    """Encode up to `most` samples of every source: a report in lines of text, and whether a run
-    of them would go on to its end.
+    """Encode up to `most` samples of every source: a report in lines of text, and whether no source
+    has a larger share of broken rows than `run.most_broken`.
 
     `sheet`: where a picture of the first samples goes.
     """

@@ -104,7 +104,9 @@ def unified_parts(
 
     def save(folder: Path) -> None:
         if run.lora and not run.lora_merge:
-            return save_adapters(folder, model, run.init)
+            there = isinstance(run.init, str | Path) and Path(run.init).exists()
+            base = str(Path(run.init).resolve()) if there else run.init
+            return save_adapters(folder, model, base)
         if run.lora_base == "int8":  # into the float weights that these came from
             whole = open_init(run)[0]
             with TemporaryDirectory() as apart:

@@ -6,8 +6,10 @@ to previews and saving, for which the main process is lent the whole weights.
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +20,25 @@ from unimm.config import Run
 
 
 def settled(run: Run) -> Run:
-    """The run with precision "auto" made what is faster here.
+    """The run with precision "auto" made what it was begun with, or what is faster here.
 
     A CPU without instructions for bfloat16 multiplies it several times slower than float32.
     """
     if run.precision != "auto":
         return run
+    begun = Path(run.out) / "run.json"
+    if run.out and begun.exists():
+        there = json.loads(begun.read_text()).get("precision")
+        return dataclasses.replace(run, precision=there)
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     return dataclasses.replace(run, precision="float32" if on_cpu and not _fast_half() else "bf16")
 
 
 def _fast_half() -> bool:
     """Whether this CPU has instructions for products of bfloat16."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot say
+        return True
+    known = torch.cpu.get_capabilities()
     names = ("amx_bf16", "avx512_bf16", "bf16")
     return any(bool(known.get(name)) for name in names)
 

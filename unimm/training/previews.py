@@ -98,7 +98,7 @@ def held_out_nats(
     """Nats a scored slot on what the sources hold out, by source and kind.
 
     Text counts in samples that say something: the two slots around a drawn picture, which are known
-    beforehand, would else pass for words.
+    beforehand, would else pass for words. (Emu3 says a picture's size before it, in words.)
     """
     found = {}
     for name, of_source in rows.items():

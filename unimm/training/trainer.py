@@ -79,7 +79,7 @@ def train(run: Run) -> Path:
     """
     from accelerate.utils import send_to_device, set_seed
 
-    out, record = checked_folder(run), run.record()
+    out = checked_folder(run)
     if (out / "done").exists():
         return out
     run = settled(run)
@@ -100,7 +100,7 @@ def train(run: Run) -> Path:
     mixture = make_mixture(run, parts, progress, team.rank, team.ranks)
     out.mkdir(parents=True, exist_ok=True)
     if team.main:
-        write_text(out / "run.json", json.dumps(record, indent=1))
+        write_text(out / "run.json", json.dumps(run.record(), indent=1))
 
     def make_step() -> tuple[list[Piece], dict[str, Any]]:
         drawn = mixture.draw(run.batch_size, team.rank, team.ranks)
@@ -332,6 +332,8 @@ def check_same_run(out: Path, run: Run) -> None:
     free = {"out", "log_every", "preview_every", "save_every", "tensorboard", "shard", "recompute"}
     free |= {"workers", "most_broken"}  # so that a run that stopped by the latter can go on
     free |= set() if (out / "done").exists() else {"steps", "train", "clip", "precision"}
+    if here["precision"] == "auto":  # whatever that was when it began
+        free.add("precision")
     for key in sorted(set(here) - free):
         if there.get(key) != here[key]:
             raise ValueError(
