@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from unimm.config import Source, load_recipe
-from unimm.model.image_tokenizer import ChannelRMSNorm, ImageTokenizer, VQConfig, VQTokenizer
+from unimm.model.image_tokenizer import (
+    ChannelRMSNorm,
+    ImageTokenizer,
+    VQConfig,
+    VQTokenizer,
+    with_rate,
+)
 from unimm.training import image_tokenizer as training
 from unimm.training.image_tokenizer import TokenizerTraining, VQTraining
 from unimm.training.trainer import train
@@ -149,6 +155,10 @@ def test_a_tokenizer_is_trained_further(tmp_path, changes):
     new = TokenizerTraining(config, VQTraining())
     assert np.mean(losses[:5]) < 0.8 * np.mean(fit(new, 5, rate=1e-3))
     if not changes:
+        weighed = setup_of(recipe, init=str(tmp_path), options={**options, "rate": 0.1}).model
+        assert torch.equal(weighed.export().encode(pixels), before.encode(pixels))
+        weighed.export().save(tmp_path / "weighed")
+        setup_of(recipe, init=str(tmp_path / "weighed"), options=options)
         rows = begun.export().code_vectors()
         assert not torch.equal(rows, before.code_vectors())
         assert F.cosine_similarity(rows, before.code_vectors()).median() > 0.95
@@ -188,17 +198,49 @@ def test_a_code_of_a_local_tokenizer_depends_on_its_neighbourhood_alone():
     assert far["rms"] == 0 < far["group"] and min(near.values()) > 0
 
 
+@pytest.mark.parametrize("quantizer", ["vq", "simvq"])
+def test_a_rate_prefers_the_usual_among_codes_about_as_near(quantizer):
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(small(quantizer=quantizer)).eval()
+    pixels = training.to_signed(pictures(60))
+    plain = tokenizer.encode(pixels)
+    assert torch.equal(with_rate(tokenizer, pixels, 0.0).encode(pixels), plain)
+    entropy = {0.0: entropy_of(plain)}
+    for rate in (0.01, 0.05):
+        weighed = with_rate(tokenizer, pixels, rate, rounds=20)  # until the shares stand still
+        codes = weighed.encode(pixels)
+        x = weighed.latents(pixels).detach().permute(0, 2, 3, 1).flatten(1, 2)
+        x = F.normalize(x, dim=-1) if quantizer == "vq" else x
+        apart = (x[..., None, :] - weighed.code_vectors()).square().sum(-1)  # (N, gh gw, K)
+        counts = torch.bincount(codes.flatten(), minlength=32) + 1
+        cost = apart / 2 - rate * (counts / counts.sum()).log()
+        assert torch.equal(cost.argmin(-1), codes)
+        entropy[rate] = entropy_of(codes)
+    assert entropy[0.05] < entropy[0.01] < entropy[0.0] and entropy[0.05] > 0
+
+
+def entropy_of(codes: torch.Tensor) -> float:
+    return torch.special.entr(torch.bincount(codes.flatten()) / codes.numel()).sum().item()
+
+
 # ---------------------------------------------------------------- saving, errors
 
 
-@pytest.mark.parametrize("changes", [{}, dict(quantizer="simvq"), FSQ], ids=["vq", "simvq", "fsq"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(quantizer="simvq"), FSQ, dict(rate=0.1)],
+    ids=["vq", "simvq", "fsq", "rate"],
+)
 def test_save_and_load_are_exact(tmp_path, changes):
     torch.manual_seed(0)
     tokenizer = TokenizerTraining(small(**changes), VQTraining()).export().eval()
+    pixels = training.to_signed(pictures(4))
+    if tokenizer.config.rate:
+        tokenizer = with_rate(tokenizer, pixels, tokenizer.config.rate)
+        assert tokenizer.quantize.log_share.std() > 0
     tokenizer.save(tmp_path)
     again = ImageTokenizer.load(tmp_path)
     assert again.config == tokenizer.config and not again.training
-    pixels = training.to_signed(pictures(4))
     codes = tokenizer.encode(pixels)
     assert torch.equal(again.encode(pixels), codes)
     assert torch.equal(again.decode(codes, (4, 4)), tokenizer.decode(codes, (4, 4)))
@@ -231,6 +273,8 @@ def test_errors_say_what_is_wrong(tmp_path):
         (lambda: small(norm="batch"), "not one of group"),
         (lambda: small(norm="group"), "base_channels"),
         (lambda: small(image_size=18), "multiple of 4"),
+        (lambda: small(rate=-0.1), "rate is 0 or more"),
+        (lambda: VQConfig(**{**vars(small(**FSQ)), "rate": 0.1}), "0 for fsq"),
         (lambda: small(quantizer="fsq"), "product is codebook_size"),
         (lambda: ImageTokenizer.load(tmp_path), "holds no image_tokenizer.json"),
     ):
@@ -368,6 +412,13 @@ def test_the_setup_previews_and_saves(tmp_path):
     assert parts.model.training
     parts.save(tmp_path)
     assert ImageTokenizer.load(tmp_path).config == small()
+    weighed = dataclasses.replace(run, options={**run.options, "rate": 0.2, "counted": 4})
+    parts = training.setup_image_tokenizer(weighed)
+    parts.save(tmp_path)
+    tokenizer = ImageTokenizer.load(tmp_path)
+    pixels = training.to_signed(parts.collate([Rectangles()[i] for i in range(4)]))
+    wanted = with_rate(parts.model.export(), pixels, 0.2)
+    assert torch.equal(tokenizer.quantize.log_share, wanted.quantize.log_share)
     run.options["l3"] = 1
     with pytest.raises(ValueError, match="unknown options.*l3"):
         training.setup_image_tokenizer(run)

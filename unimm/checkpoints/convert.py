@@ -141,6 +141,7 @@ def inexpressible(model: UnifiedModel, processor: Processor) -> list[str]:
         "its VQ network has no attention": q.attention,
         f"its VQ network folds patches of {q.patch} pixels": q.patch == 1,
         "its VQ network is local": not q.local,
+        "its look-up of codes weighs their share": not q.rate,
         f"it draws {processor.grid} codes and sees {grid} x {grid} patches, which are one number "
         "in Janus": processor.grid == (grid, grid),
         f"it sees {processor.seen_size} pixels with an encoder made for {c.vision.image_size}": (

@@ -6,10 +6,11 @@ of LlamaGen (arXiv 2406.06525) and Janus; its module names are those of transfor
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ class VQConfig:
     patch: side of the pixel squares folded into channels around the network (1 in Janus).
     local: the encoder's kernels at the lowest resolution are 1 x 1, so that a code sees little more
     than its own square of the picture (False in Janus).
+    rate: what a code's information, -log of its share of all codes, weighs in its look-up beside
+    half the squared distance (entropy-constrained quantization: Chou, Lookabaugh and Gray, IEEE
+    Trans. ASSP 37(1), 1989). 0 in Janus; see `with_rate`. Not for "fsq".
     """
 
     image_size: int  # side of the pictures it is made for; it takes every multiple of `stride`
@@ -49,6 +53,7 @@ class VQConfig:
     patch: int = 1
     local: bool = False
     levels: tuple[int, ...] = ()  # "fsq" only
+    rate: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -61,6 +66,8 @@ class VQConfig:
             raise ValueError(f"norm 'group' needs base_channels {self.base_channels} % 32 == 0")
         if self.image_size % self.stride:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.stride}")
+        if not 0 <= self.rate < math.inf or (self.rate and self.quantizer == "fsq"):
+            raise ValueError(f"rate is 0 or more, and 0 for fsq, not {self.rate}")
         if self.quantizer == "fsq":
             if len(self.levels) != self.code_dim or prod(self.levels) != self.codebook_size:
                 raise ValueError(
@@ -187,6 +194,28 @@ class VQTokenizer(ImageTokenizer):
         return self.quantize.vectors()
 
 
+@torch.no_grad()
+def with_rate(
+    tokenizer: VQTokenizer, pixels: Tensor, rate: float, rounds: int = 5, batch: int = 100
+) -> VQTokenizer:
+    """A copy of the tokenizer whose look-up prefers, among codes about as near, the usual ones.
+
+    pixels (N, 3, H, W) in [-1, 1] are what the shares of the codes are counted on; as the shares
+    depend on the look-up and it on them, `rounds` times. Where a code is a choice among near
+    equals, such as in plain ground, a model of the codes need not guess it then.
+    """
+    config = replace(tokenizer.config, rate=rate)
+    made = VQTokenizer(config).to(pixels.device)
+    made.load_state_dict(tokenizer.state_dict(), strict=False)
+    made = made.to(next(tokenizer.parameters()).dtype).eval()
+    latents = torch.cat([made.latents(part) for part in pixels.split(batch)]).permute(0, 2, 3, 1)
+    for _ in range(rounds if rate else 0):
+        codes = made.quantize.look_up(latents).flatten()
+        counts = torch.bincount(codes, minlength=config.codebook_size) + 1  # none is impossible
+        made.quantize.log_share = (counts / counts.sum()).log()
+    return made
+
+
 @dataclass(frozen=True)
 class Emu3VQConfig:
     """Sizes of Emu3's network. Emu3: (720, 32768, 4, 4, 256, (1, 2, 2, 4), 2, (3,), 1024, 1, 4).
@@ -282,9 +311,13 @@ class Emu3Tokenizer(ImageTokenizer):
 class Codebook(nn.Module):
     """The rows of "vq" (stored with unit length) and "simvq" (as they are), and their look-up."""
 
+    log_share: Tensor
+
     def __init__(self, config: VQConfig):
         super().__init__()
-        self.cosine = config.quantizer == "vq"
+        self.cosine, self.rate = config.quantizer == "vq", config.rate
+        share = torch.zeros(config.codebook_size)  # log of each code's share, if `rate` asks for it
+        self.register_buffer("log_share", share, persistent=config.rate > 0)
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
         self.set_rows(self.embedding.weight)
 
@@ -302,6 +335,10 @@ class Codebook(nn.Module):
         x = latents.reshape(-1, rows.shape[1]).float()
         # argmin |x - row|^2 = argmax x.row - |row|^2 / 2; for rows of unit length, x.row alone
         bias = None if self.cosine else rows.square().sum(-1) / -2  # (K,)
+        if self.rate:
+            x = F.normalize(x, dim=-1) if self.cosine else x
+            weighed = self.rate * self.log_share.float()
+            bias = weighed if bias is None else bias + weighed
         with torch.autocast(x.device.type, enabled=False):
             chunks = x.split(max(1, products // len(rows)))
             codes = [F.linear(chunk, rows, bias).argmax(-1) for chunk in chunks]

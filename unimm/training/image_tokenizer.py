@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from torch.func import functional_call
 
 from unimm.checkpoints.native import BUNDLED
 from unimm.config import Run
-from unimm.model.image_tokenizer import Codebook, ImageTokenizer, VQConfig, VQTokenizer
+from unimm.model.image_tokenizer import (
+    Codebook,
+    ImageTokenizer,
+    VQConfig,
+    VQTokenizer,
+    with_rate,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class VQTraining:
     dead_code: float = 2.0  # "vq" rows used less often in a batch (moving average) are replaced
     previews: int = 64  # pictures that are measured
     preview_offset: int = 10**9  # their first index: training does not reach it
+    counted: int = 1000  # pictures on which a look-up with a `rate` counts its codes
 
 
 class TokenizerTraining(nn.Module):
@@ -82,9 +90,11 @@ class TokenizerTraining(nn.Module):
         ours = self.tokenizer.config
         if not isinstance(tokenizer, VQTokenizer) or ours.quantizer == "simvq":
             raise ValueError("only image tokenizers of kind vq or fsq can be trained further")
-        if tokenizer.config != ours:
+        if dataclasses.replace(tokenizer.config, rate=ours.rate) != ours:
             raise ValueError(f"the image tokenizer to begin with is {tokenizer.config}, not {ours}")
-        self.tokenizer.load_state_dict(tokenizer.state_dict())  # `spread` is folded in: it is new
+        state = tokenizer.state_dict()  # `spread` is folded in: it is new
+        state.pop("quantize.log_share", None)  # counted when training is over
+        self.tokenizer.load_state_dict({**self.tokenizer.state_dict(), **state})
         if ours.quantizer == "vq":
             book: Any = self.quantizer._codebook  # its moving averages start anew from the rows
             for rows in (book.embed, book.embed_avg):
@@ -240,27 +250,35 @@ def setup_image_tokenizer(run: Run) -> Any:
     model = TokenizerTraining(VQConfig(**chosen[VQConfig]), settings)
     if run.init:
         model.begin_with(ImageTokenizer.load(BUNDLED if run.init == "scenes" else str(run.init)))
-    fixed: list[Tensor] = []  # the validation pictures, rendered once
+
+    @lru_cache
+    def some(first: int, count: int, what: str) -> Tensor:
+        """Pictures of the source, uint8 (N, 3, H, W); what cannot be read is passed over."""
+        source = next(iter(run.data.values()))
+        items, found = source.make(run, **source.options), []
+        for i in range(2 * count):
+            if len(found) < count:
+                with suppress(ValueError, OSError):
+                    found.append(items[first + i])
+        if not found:
+            raise ValueError(f"none of the pictures {what} can be read")
+        return collate(found).to(next(model.parameters()).device)
+
+    def finished() -> VQTokenizer:
+        tokenizer = model.export()
+        if not tokenizer.config.rate:
+            return tokenizer
+        pixels = to_signed(some(0, settings.counted, "of training"))
+        return with_rate(tokenizer, pixels, tokenizer.config.rate)
 
     def preview(folder: Path, step: int) -> dict[str, float]:
-        if not fixed:
-            source = next(iter(run.data.values()))
-            items, first = source.make(run, **source.options), settings.preview_offset
-            found: list[np.ndarray] = []
-            for i in range(2 * settings.previews):  # what cannot be read is passed over
-                if len(found) < settings.previews:
-                    with suppress(ValueError, OSError):
-                        found.append(items[first + i])
-            if not found:
-                raise ValueError("none of the pictures held out can be read")
-            fixed.append(collate(found))
-        tokenizer = model.export()
-        pixels = to_signed(fixed[0].to(next(model.parameters()).device))
+        pixels = to_signed(some(settings.preview_offset, settings.previews, "held out"))
+        tokenizer = finished()
         picture = reconstruction_grid(tokenizer, pixels[:16])
         picture.save(folder / f"preview-{step:06d}.png")
         return reconstruction_metrics(tokenizer, pixels)
 
-    return Parts(model, collate, preview, lambda path: model.export().save(path))
+    return Parts(model, collate, preview, lambda path: finished().save(path))
 
 
 def collate(items: list[np.ndarray]) -> Tensor:
