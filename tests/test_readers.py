@@ -372,6 +372,11 @@ def test_the_command_says_what_is_wrong_with_data(files, tmp_path, capsys):
     assert (shown[:160, :480] < 200).any(axis=2).mean() > 0.2
     assert main([*words, f"data.mine.path={files}/none.jsonl"]) == 2
     assert "no such file" in capsys.readouterr().err
+    alone = ["data", "check", f"{files}/index.jsonl", f"init={tmp_path / 'tiny'}"]
+    assert main([*alone, "data.mine.keep=0.0"]) == 2
+    assert capsys.readouterr().out == report
+    assert main(["data", "check", f"{files}/none.jsonl"]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def talk(file, question):

@@ -2,7 +2,7 @@
 
 unimm train train/finetune.py data.mine.path=INDEX.jsonl init=scenes out=runs/mine
 unimm train train/finetune.py data.mine.path=PICTURES/ data.mine.task=draw out=runs/mine
-unimm data check train/finetune.py data.mine.path=INDEX.jsonl      # first, what is wrong
+unimm data check INDEX.jsonl                                       # first, what is wrong
 
 INDEX has a picture ("file") and its text a row; data.mine.image and data.mine.text name other
 columns, or a form of several ("a {style} picture of {name}"). A tenth of the rows is held out and

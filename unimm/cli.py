@@ -119,14 +119,19 @@ def train(args: argparse.Namespace) -> None:
 def check_data(args: argparse.Namespace) -> None:
     from unimm.config import load_recipe, override
     from unimm.training.check_data import check_data as check
+    from unimm.training.check_data import run_on
 
     if args.sheet:
         check_writable(Path(args.sheet), folder=False)
-    recipe = load_recipe(args.recipe)
-    if not hasattr(recipe, "config"):
-        raise ValueError(f"{args.recipe} has no `config`, so it names no sources")
+    if args.source.endswith(".py"):
+        recipe = load_recipe(args.source)
+        if not hasattr(recipe, "config"):
+            raise ValueError(f"{args.source} has no `config`, so it names no sources")
+        run = recipe.config
+    else:
+        run = run_on(args.source)
     sheet = args.sheet and Path(args.sheet)
-    report, sound = check(override(recipe.config, args.words), args.n, sheet)
+    report, sound = check(override(run, args.words), args.n, sheet)
     print(report)
     if not sound:
         raise ValueError("too many rows are broken to train on")
@@ -284,9 +289,9 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", metavar="RECIPE.py")
     p.add_argument("words", nargs="*", metavar="key=value", help="what to change in the recipe")
     p.add_argument("--dry-run", action="store_true", help="say what it costs, and do not train")
-    p = command("data", check_data, "look at the data of a recipe before training on it")
+    p = command("data", check_data, "look at data, or a recipe's, before training on it")
     p.add_argument("what", choices=["check"])
-    p.add_argument("recipe", metavar="RECIPE.py")
+    p.add_argument("source", metavar="SOURCE", help="RECIPE.py, or data as train/finetune.py has")
     p.add_argument("words", nargs="*", metavar="key=value", help="what to change in the recipe")
     p.add_argument("--n", type=int, default=1000, help="how many samples of each source")
     p.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")

@@ -8,13 +8,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unimm.config import Run
+from unimm.config import Run, Source
 from unimm.data.images import open_image
 from unimm.data.processor import Message
+from unimm.data.readers import own
 from unimm.data.sources import VALIDATION
-from unimm.training.next_token import learnable, open_init
+from unimm.training.next_token import learnable, next_token, open_init
 
 CELL, COLUMNS, SHOWN = 160, 6, 36  # the contact sheet: side of a cell, cells
+
+
+def run_on(path: str) -> Run:
+    """What train/finetune.py would train the bundled model on, as far as its data go."""
+    data = {"mine": Source(own, options={"path": path, "keep": 0.1})}
+    nothing = ((".*", None),)
+    return Run(next_token, nothing, data, steps=0, batch_size=1, init="scenes")
 
 
 def check_data(run: Run, most: int, sheet: Path | None = None) -> tuple[str, bool]:
