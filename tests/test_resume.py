@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoints.native import load_model, save_model
@@ -128,6 +129,15 @@ def test_killed_at_random_moments(root, kills, packing):
     assert json.loads(done.stdout.splitlines()[-1])["killed"] == kills
     names = (f"{how}-{kills}-{packing}" for how in ("undisturbed", "killed"))
     same(root, *names, steps=40 + 4 * kills)
+
+
+def test_two_runs_do_not_train_in_one_folder(root):
+    run = run_for(root, "one")
+    Path(run.out).mkdir()
+    with FileLock(Path(run.out) / ".lock"), pytest.raises(ValueError, match="another run is"):
+        train(run)
+    assert not (Path(run.out) / "model.safetensors").exists()
+    assert (train(run) / "done").exists()
 
 
 def test_the_last_two_checkpoints_are_kept_and_none_in_the_end(root, monkeypatch):

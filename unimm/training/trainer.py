@@ -12,14 +12,15 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -115,7 +116,8 @@ def train(run: Run) -> Path:
     count, make_losses = run.count or one, parts.step or run.step
     log = Log(out, run, start, team, progress.get("log"))
     cursor = mixture.state()
-    with closing(prefetch(make_step, run.steps - start)) as ahead, Signal() as asked_to_stop:
+    ahead_of_use = closing(prefetch(make_step, run.steps - start))
+    with alone_in(out, team), ahead_of_use as ahead, Signal() as asked_to_stop:
         for step in range(start, run.steps):
             try:
                 todo, next_cursor = log.timed(lambda: next(ahead))
@@ -300,6 +302,21 @@ def not_finite(step: int, wrong: list[Origin], out: Path) -> str:
         "the weights before it; the run can go on from there with lower rates (train=...), another "
         "clip, or precision=float32"
     )
+
+
+@contextmanager
+def alone_in(out: Path, team: Team) -> Iterator[None]:
+    """Inside, no other run trains in this folder; ValueError where one does."""
+    lock = FileLock(out / ".lock", timeout=0)
+    if team.main:
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"another run is training in {out}: choose another out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Signal:
