@@ -1,6 +1,8 @@
 """Training against false prompts: the term, what it leaves alone, and prompts that are false."""
 
 import dataclasses
+import functools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from unimm.data.processor import assistant, user
 from unimm.data.scenes import (
     UNKNOWN_ANSWER,
     WORLDS,
+    describe,
+    edit_kind,
     is_held_out,
     main_relation,
     parse,
@@ -24,16 +28,19 @@ from unimm.data.scenes.language import raster
 from unimm.data.sources import (
     PictureStore,
     falsified,
+    scenes_captions,
     scenes_edits,
     scenes_pictures,
     scenes_unknown,
 )
+from unimm.model.unified import CODE
 from unimm.training.contrast import (
     Contrast,
     collate_contrasts,
     contrast_step,
     contrast_weight,
     setup_contrast,
+    stress_changes,
 )
 from unimm.training.next_token import next_token, scored_weight
 
@@ -43,7 +50,7 @@ RUN = Run(
     data={"a": Source(lambda run: [])},
     steps=1,
     batch_size=4,
-    options={"contrast": 2.0},
+    options={"contrast": 2.0, "changes": 1.0},
 )
 
 
@@ -117,6 +124,22 @@ def test_packed_rows_have_the_loss_of_single_ones(tiny):
         one, two = (loss_of(contrast_step, model, batch, 9.0, RUN) for batch in (single, packed))
     assert float(two[0]) == pytest.approx(float(one[0]), rel=1e-5)
     assert two[1] == {name: pytest.approx(pair, rel=1e-5) for name, pair in one[1].items()}
+
+
+def test_what_an_edit_changes_counts_more(tiny):
+    _, processor = tiny
+    old = np.arange(processor.codes_per_image)
+    new = np.where(old % 5 == 1, old + 1, old)
+    shown = {"codes": old, "view": ["codes"]}
+    edit = processor.encode([user("make it blue", shown), assistant({"codes": new})])
+    stressed = stress_changes(edit, 3.0)
+    drawn = (edit.kind == CODE) & (edit.score > 0)
+    assert np.array_equal(stressed.score[drawn], np.where(old != new, 3.0, 1.0))
+    assert np.array_equal(stressed.score[~drawn], edit.score[~drawn])
+    assert set(edit.score[drawn]) == {1.0}  # the sample itself is as it was
+    plain = processor.encode(talk("a star", new))
+    chat = processor.encode([*talk("a star", old), *talk("make it blue", new)])
+    assert stress_changes(plain, 3.0) is plain and stress_changes(chat, 3.0) is chat
 
 
 def test_training_learns_to_tell_prompts_apart():
@@ -235,6 +258,41 @@ def test_objects_begin_in_the_order_of_codes():
     assert sorted([high, left, tall], key=raster) == [tall, left, high]
 
 
+def test_edits_of_a_kind_come_as_often_as_is_said(store):
+    pictures = PictureStore(store / "edits")
+    kinds = Counter(
+        edit_kind(pictures.scene(k), pictures.scene(k + 1)) for k in range(0, len(pictures), 2)
+    )
+    made = functools.partial(scenes_edits, RUN, store / "edits", world="scenes-mini")
+
+    def share(kind, **options):
+        shown = [made(**options)[i]["messages"][0]["content"][1]["image"] for i in range(300)]
+        befores = pictures.pictures[::2]
+        places = [next(k for k in range(len(befores)) if (befores[k] == p).all()) for p in shown]
+        both = [(pictures.scene(2 * k), pictures.scene(2 * k + 1)) for k in places]
+        return np.mean([edit_kind(*pair) == kind for pair in both])
+
+    plain = kinds["recolor"] / kinds.total()
+    assert share("recolor") == pytest.approx(plain, abs=0.08)
+    often = 4 * plain / (1 + 3 * plain)
+    assert share("recolor", kinds={"recolor": 4.0}) == pytest.approx(often, abs=0.08)
+    assert share("background", kinds={"background": 0.0}) == 0
+    with pytest.raises(ValueError, match="no edits of kind color: only recolor"):
+        made(kinds={"color": 1.0})
+
+
+def test_captions_of_three_objects_and_more(tmp_path):
+    store = PictureStore.build(tmp_path, "scenes", 40)
+    source = scenes_captions(RUN, tmp_path, only="mixed")
+    for i in range(40):
+        (picture, _), (caption,) = (m["content"] for m in source[i]["messages"])
+        scene = scene_of(store, picture["image"])
+        assert len(scene.objects) > 2 and len({(o.shape, o.color) for o in scene.objects}) > 1
+        assert caption["text"] == describe(scene)
+    with pytest.raises(ValueError, match="none of the pictures of .* are 'mixed'"):
+        PictureStore.build(tmp_path / "few", "scenes-mini", 4).chosen("mixed")
+
+
 def test_false_instructions_do_not_make_the_edit(store):
     run, pictures = dataclasses.replace(RUN, seed=4), PictureStore(store / "edits")
     source = scenes_edits(run, store / "edits", rivals=0.5, world="scenes-mini")
@@ -243,7 +301,7 @@ def test_false_instructions_do_not_make_the_edit(store):
     assert 35 < len(false) < 85
     alike = 0
     for item in false:
-        (before, words), (wrong_before, wrong) = (
+        (words, before), (wrong, wrong_before) = (
             item[name][0]["content"] for name in ("messages", "false_messages")
         )
         assert np.array_equal(wrong_before["image"], before["image"]) and wrong != words
@@ -291,3 +349,11 @@ def test_a_hidden_prompt_has_no_rival(tmp_path):
     for m in made:
         seen = np.array_equal(m.sample.ids, processor.encode(item["messages"]).ids)
         assert (m.rival is not None) == seen
+    parts = setup_contrast(dataclasses.replace(run, drop_prompt=0.0, options={"changes": 3.0}))
+    shown, changed = {"codes": codes, "view": ["codes"]}, [*codes[1:], 2]
+    edit, other = (
+        [user(words, shown), assistant({"codes": changed})] for words in ("make it", "leave it")
+    )
+    made = parts.prepare({"messages": edit, "false_messages": other}, np.random.default_rng(0))
+    for sample in (made.sample, made.rival):  # the same weights, or margins would be of them
+        assert sample.score.max() == 3 and (sample.score == 3).sum() == 1

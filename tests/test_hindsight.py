@@ -186,7 +186,7 @@ def test_edits_are_judged_by_the_scene_that_they_make(tiny_unimm, monkeypatch, t
     for scene in (before, after):
         assert is_held_out(scene) is None
     picture = tiny_unimm.processor.codes(render(before, MINI)).tolist()
-    (part, words) = rows[0]["prompt"][0]["content"]
+    (words, part) = rows[0]["prompt"][0]["content"]
     assert part["codes"] == picture and words["text"]
     pictures = [render(scene, MINI) for scene in (before, after, after, after)]
     monkeypatch.setattr(tiny_unimm, "pictures", lambda codes: pictures[: len(codes)])

@@ -252,9 +252,12 @@ class UniMM:
 
 
 def edit_messages(image: Any, instruction: str) -> list[Message]:
-    """The conversation that `edit` continues: the picture is shown both ways."""
+    """The conversation that `edit` continues: the instruction, then the picture, shown both ways.
+
+    So a code of the answer is as far from the picture's own at its place, whatever is said.
+    """
     picture = {"image": open_image(image), "view": ["patches", "codes"]}
-    return [user(picture, checked_text(instruction, "instruction"))]
+    return [user(checked_text(instruction, "instruction"), picture)]
 
 
 def checked_text(text: str, what: str) -> str:

@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
+    EDITS,
     WORLDS,
     Scene,
     World,
     describe,
     edit_holds,
+    edit_kind,
     edits,
     express,
     from_array,
@@ -56,6 +58,7 @@ ONLY = {  # some of the pictures, and what is said falsely of them
     "related": EXCHANGES,
     "alike": ("unlike",),
     "equal": ("number",),
+    "mixed": FALSE,
 }
 
 
@@ -146,7 +149,8 @@ class PictureStore:
 
         "single": one object; "pairs": two objects of different looks; "related": these, where
         they are in a plain relation; "alike": these, where shape or colour is the same; "equal":
-        two or more objects of one look. Raises ValueError for other words.
+        two or more objects of one look; "mixed": three or more, not of one look. Raises
+        ValueError for other words, and where there are none.
         """
         if only not in ONLY:
             raise ValueError(f"no pictures {only!r}: choose one of {', '.join(filter(None, ONLY))}")
@@ -158,6 +162,8 @@ class PictureStore:
             looks = len({(o.shape, o.color) for o in objects})
             if only in ("single", "equal"):
                 fits = looks == 1 and (len(objects) > 1) == (only == "equal")
+            elif only == "mixed":
+                fits = looks > 1 and len(objects) > 2
             else:
                 fits = looks == len(objects) == 2
                 if only == "related":
@@ -167,6 +173,8 @@ class PictureStore:
                     fits = fits and 1 in (len(shapes), len(colors))
             if fits:
                 found.append(k)
+        if not found:
+            raise ValueError(f"none of the pictures of {self.folder} are {only!r}")
         return np.asarray(found, dtype=np.int64)
 
     def image(self, k: int, codes: bool = True) -> dict[str, Any]:
@@ -291,12 +299,13 @@ def falsified(
     return scene
 
 
-def scenes_captions(run: Any, store: str) -> Made:
-    """Picture -> the complete caption."""
+def scenes_captions(run: Any, store: str, only: str = "") -> Made:
+    """Picture, or some of them (`only`, see `PictureStore.chosen`) -> the complete caption."""
     pictures = PictureStore(store)
+    chosen = pictures.chosen(only)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
-        k = int(rng.integers(len(pictures)))
+        k = int(chosen[rng.integers(len(chosen))])
         ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
         image = pictures.image(k, codes=False)
         return _talk(user(image, ask), assistant(describe(pictures.scene(k))))
@@ -366,26 +375,43 @@ def retold(scene: Scene, rng: np.random.Generator) -> str:
     return describe(scene)
 
 
-def scenes_edits(run: Any, store: str, rivals: float = 0.0, world: str = "scenes") -> Made:
-    """Picture and instruction -> the changed picture.
+def scenes_edits(
+    run: Any,
+    store: str,
+    rivals: float = 0.0,
+    kinds: dict[str, float] | None = None,
+    world: str = "scenes",
+) -> Made:
+    """Instruction and picture -> the changed picture.
 
-    `rivals`: the share that also has "false_messages", the same pictures around the instruction
-    most like the true one of some that would not have changed the one into the other.
+    The instruction comes first, so that a code of the picture knows what is to become of it, and
+    each code of the answer is at one distance from its own in the picture. `rivals`: the share that
+    also has "false_messages", the same pictures with the instruction most like the true one of some
+    that would not have changed the one into the other. `kinds`: how often an edit of each kind
+    (`EDITS`) comes, times its share of the store; 1 where nothing is said.
     """
     pictures = PictureStore(store)
+    count = len(pictures.instructions)
+    if wrong := set(kinds or {}) - {*EDITS}:
+        raise ValueError(f"no edits of kind {', '.join(sorted(wrong))}: only {', '.join(EDITS)}")
+    chance = np.ones(count)
+    if kinds:
+        both = ((pictures.scene(2 * k), pictures.scene(2 * k + 1)) for k in range(count))
+        chance = np.array([kinds.get(edit_kind(*pair), 1.0) for pair in both])
+    up_to = np.cumsum(chance)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
-        k = int(rng.integers(len(pictures.instructions)))
+        k = int(np.searchsorted(up_to, rng.random() * up_to[-1], side="right"))
         before, after = {**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1)
         words = pictures.instructions[k]
-        talk = _talk(user(before, words), assistant(after))
+        talk = _talk(user(words, before), assistant(after))
         if rng.random() < rivals:
             old, new = pictures.scene(2 * k), pictures.scene(2 * k + 1)
             others = [edits(WORLDS[world], old, rng) for _ in range(8)]
             false = [said for said, made in others if not edit_holds(old, new, made)]
             if false:
                 alike = max(false, key=lambda said: len({*said.split()} & {*words.split()}))
-                talk["false_messages"] = [user(before, alike), assistant(after)]
+                talk["false_messages"] = [user(alike, before), assistant(after)]
         return talk
 
     return Made(make, (run.seed, 5))

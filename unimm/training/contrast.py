@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from unimm.config import Run
 from unimm.data.packing import collate_packed
 from unimm.data.processor import Processor, Sample
-from unimm.model.unified import KINDS, Batch
+from unimm.model.unified import CODE, KINDS, Batch
 from unimm.training.next_token import drop_prompt, open_init, unified_parts
 from unimm.training.trainer import Parts
 
@@ -80,15 +80,17 @@ def contrast_weight(batch: ContrastBatch, run: Run) -> float:
 def setup_contrast(run: Run) -> Parts:
     """A unified model from `run.init`; an item may have "false_messages" beside its "messages".
 
-    options: those of `setup_unified`, and `contrast`, the weight of the term.
+    options: those of `setup_unified`; `contrast`, the weight of the term; `changes`, see
+    `stress_changes`.
     """
     model, processor, sampling = open_init(run)
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Contrast:
         whole = processor.encode(item["messages"])
         sample = drop_prompt(whole, processor, run.drop_prompt, rng)
-        rival = item.get("false_messages") if sample is whole else None
-        return Contrast(sample, processor.encode(rival) if rival else None)
+        false = item.get("false_messages") if sample is whole else None
+        both = [sample, processor.encode(false)] if false else [sample]
+        return Contrast(*(stress_changes(s, run.options["changes"]) for s in both))
 
     return replace(
         unified_parts(run, model, processor, sampling),
@@ -96,6 +98,22 @@ def setup_contrast(run: Run) -> Parts:
         collate=lambda items: collate_contrasts(processor, [[item] for item in items]),
         pack=lambda rows: collate_contrasts(processor, rows),
     )
+
+
+def stress_changes(sample: Sample, weight: float) -> Sample:
+    """The sample, with `weight` for each drawn code that is not the shown picture's at its place.
+
+    The shown picture is the last codes before that are not scored, as in an edit; of a few codes
+    that change and many that stay the few would else be learned last.
+    """
+    codes, drawn = sample.kind == CODE, sample.score > 0
+    shown, made = np.flatnonzero(codes & ~drawn), np.flatnonzero(codes & drawn)
+    if weight == 1 or not len(made) or len(shown) < len(made) or shown[-1] > made[0]:
+        return sample
+    changed = made[sample.ids[made] != sample.ids[shown[-len(made) :]]]
+    score = sample.score.copy()
+    score[changed] *= weight
+    return replace(sample, score=score)
 
 
 def collate_contrasts(processor: Processor, rows: Sequence[Sequence[Contrast]]) -> ContrastBatch:

@@ -255,7 +255,8 @@ def setup_image_tokenizer(run: Run) -> Any:
     def some(first: int, count: int, what: str) -> Tensor:
         """Pictures of the source, uint8 (N, 3, H, W); what cannot be read is passed over."""
         source = next(iter(run.data.values()))
-        items, found = source.make(run, **source.options), []
+        items = source.make(run, **source.options)
+        found: list[Any] = []
         for i in range(2 * count):
             if len(found) < count:
                 with suppress(ValueError, OSError):

@@ -93,7 +93,7 @@ def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Ro
     for k in range(count):
         before, words, after = sample_edit(world, np.random.default_rng((seed, 32, k)))
         old, new = (model.processor.codes(render(s, world)).tolist() for s in (before, after))
-        row: Row = {"prompt": [user({"codes": old, "view": BOTH}, words)]}
+        row: Row = {"prompt": [user(words, {"codes": old, "view": BOTH})]}
         row |= {"answers": [[assistant({"codes": new})]], "given": 1}
         rows.append({**row, "scenes": [to_array(s).tolist() for s in (before, after)]})
     return rows

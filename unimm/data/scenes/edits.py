@@ -57,6 +57,19 @@ def edits(
     raise ValueError(f"no edit of this scene gives a scene of split {split!r}")
 
 
+def edit_kind(before: Scene, after: Scene) -> str:
+    """Which of EDITS made the one scene of the other."""
+    if before.background != after.background:
+        return "background"
+    if len(before.objects) != len(after.objects):
+        return "add" if len(before.objects) < len(after.objects) else "remove"
+    for old, new in zip(before.objects, after.objects, strict=True):
+        for name, kind in (("shape", "reshape"), ("color", "recolor"), ("size", "resize")):
+            if getattr(old, name) != getattr(new, name):
+                return kind
+    raise ValueError("the scenes are equal")
+
+
 def edit_holds(before: Scene, found: Scene, after: Scene) -> bool:
     """Whether the scene found in an edited picture is the wanted one: shapes, colours, sizes,
     background, and every object that was there before at its place. A new one may be anywhere."""
