@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 import unimm.evaluation.scenes as bench
 from unimm.cli import main
-from unimm.data.scenes import WORLDS, describe, is_held_out, render
+from unimm.data.scenes import EDITS, WORLDS, describe, is_held_out, render
 from unimm.pipeline import UniMM
 
 
@@ -155,7 +155,8 @@ def test_best_of_counts_the_picture_that_the_model_chooses(monkeypatch):
         monkeypatch.setattr(bench, "agreement", judge(sign))
         result = bench.evaluate(oracle, n=36, best_of=3)
         assert low <= result["seen"]["generation"]["overall"] <= high
-        assert result["seen"]["edits"]["overall"] == 1.0
+        edits = result["seen"]["edits"]
+        assert set(edits.values()) == {1.0} and {*edits} <= {"overall", *EDITS} and len(edits) > 3
         assert result["protocol"]["best_of"] == 3
     assert seeds[0] == 1000 * 100_003 and len(set(seeds)) == 3  # the first try is that of best_of=1
 

@@ -22,6 +22,7 @@ from unimm.data.scenes import (
     check,
     complete,
     edit_holds,
+    edit_kind,
     look,
     normalize_answer,
     open_questions,
@@ -182,6 +183,8 @@ def paired(before: list[Any], after: list[Any]) -> dict[str, Any]:
             for kind, names in kinds.items():
                 tally = changed.setdefault(split, {}).setdefault(kind, Tally())
                 for name, items in names.items():
+                    if name not in HEADS[kind]:
+                        continue
                     others = old.get(split, {}).get(kind, {}).get(name, [])
                     if [scene for scene, _ in items] != [scene for scene, _ in others]:
                         raise ValueError(f"{split}, {name}: these are not the same items")
@@ -253,7 +256,7 @@ def score_understanding(model: UniMM, protocol: Protocol, split: str, seed: int)
 
 
 def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tally:
-    """Edits: the change made and all else kept."""
+    """Edits, all and by kind (`EDITS`): the change made and all else kept."""
     world, tally, jobs = WORLDS[protocol.world], Tally(), []
     for k in range(max(1, protocol.n // 6)):
         rng = np.random.default_rng((seed, 55, k, _split_key(split)))
@@ -262,7 +265,9 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     settings = Settings(protocol.edit_guidance, protocol.edit_temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
     for k, ((before, _, after), picture) in enumerate(zip(jobs, pixels, strict=True)):
-        tally.add("edit", k, edit_holds(before, _seen(picture, protocol), after))
+        right = edit_holds(before, _seen(picture, protocol), after)
+        tally.add("edit", k, right)
+        tally.add(edit_kind(before, after), k, right)
     return tally
 
 
@@ -304,7 +309,7 @@ def summary(kind: str, tallies: list[Tally]) -> dict[str, float]:
         return {"overall": float(np.mean(tasks)), **rates}
     if kind == "understanding":
         return {"overall": rates.pop("yes_no"), **rates}
-    return {"overall": rates["edit"]}
+    return {"overall": rates.pop("edit"), **rates}
 
 
 def average(runs: list[Any]) -> Any:
