@@ -150,8 +150,9 @@ def preferences(args: argparse.Namespace) -> None:
         raise ValueError("give one of --prompts FILE, --scenes N and --edits N, N of 1 or more")
     if args.pairs < 1:
         raise ValueError("--pairs must be 1 or more")
-    if args.hindsight and args.judge != "checker":
-        raise ValueError("--hindsight is what the checker sees in wrong pictures: --judge checker")
+    for name in ("hindsight", "mended"):
+        if getattr(args, name) and args.judge != "checker":
+            raise ValueError(f"--{name} is of what the checker sees in pictures: --judge checker")
     model = load(args)
     prompts: list[Any]
     if not given:
@@ -175,7 +176,8 @@ def preferences(args: argparse.Namespace) -> None:
             prompts = made.scenes_prompts(args.scenes, world, args.seed)
         rows = made.sample_candidates(model, prompts, candidates, how)
     judge = made.find_judge(args.judge, rows)
-    chosen = made.choose_pairs(model, rows, judge, out, args.margin, args.pairs, args.hindsight)
+    kinds = args.hindsight, args.mended
+    chosen = made.choose_pairs(model, rows, judge, out, args.margin, args.pairs, *kinds)
     print(json.dumps(chosen))
 
 
@@ -304,6 +306,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--answers", type=int, default=8, help="answers drawn for each prompt")
     p.add_argument("--pairs", type=int, default=1, metavar="N", help="pairs a prompt, at most")
     p.add_argument("--hindsight", action="store_true", help="pairs of true and asked prompts too")
+    p.add_argument("--mended", action="store_true", help="wrong pictures and them put right too")
     p.add_argument("--candidates", metavar="FILE", help="where all answers are kept")
     p.add_argument("--margin", type=float, default=0.0, help="least difference of two scores")
     add_sampling(p, filters=False)

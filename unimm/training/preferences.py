@@ -6,6 +6,7 @@ again would have others); from it and a judge come the preferences that `train/d
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,13 +26,16 @@ from unimm.data.scenes import (
     Spec,
     edit_holds,
     from_array,
+    get_world,
     is_held_out,
     look,
+    mend,
     nearest,
     parse,
     plain,
     prompt,
     render,
+    repaint,
     sample_scene,
     satisfies,
     task_prompt,
@@ -47,6 +51,7 @@ from unimm.pipeline import UniMM, checked_text
 Row = dict[str, Any]
 Judge = Callable[[UniMM, list[Row]], list[list[float]]]  # rows of candidates -> a score an answer
 PROMPTS_AT_ONCE = 8
+MENDED = 3  # pixels around a change that its codes see
 
 
 @dataclass(frozen=True)
@@ -169,15 +174,16 @@ def seed_of(name: str, how: Sampling) -> int:
 def checker_judge(model: UniMM, rows: list[Row]) -> list[list[float]]:
     """1 for a picture that shows exactly what a Scenes prompt says, or that an edit of a scene was
     to make, else 0, from its pixels."""
-    scores = []
-    for row in rows:
-        if "scenes" in row:
-            before, after = (from_array(np.asarray(array, np.float32)) for array in row["scenes"])
-            scores.append([float(edit_holds(before, s, after)) for s in seen(model, row)])
-        else:
-            spec = meaning(row)
-            scores.append([float(satisfies(scene, spec)) for scene in seen(model, row)])
-    return scores
+    return [[*map(float, map(aim(row), seen(model, row)))] for row in rows]
+
+
+def aim(row: Row) -> Callable[[Scene], bool]:
+    """Whether a scene is what a row asks for: what its prompt says, or its edit was to make."""
+    if "scenes" in row:
+        before, after = (from_array(np.asarray(array, np.float32)) for array in row["scenes"])
+        return lambda scene: edit_holds(before, scene, after)
+    spec = meaning(row)
+    return lambda scene: satisfies(scene, spec)
 
 
 def meaning(row: Row) -> Spec:
@@ -223,6 +229,46 @@ def hindsight_pairs(model: UniMM, rows: list[Row], each: int = 1) -> Iterator[Ro
                 yield relabelled(row, answer, shown, asked)
         for k, answer in enumerate(right[:each] if others else ()):
             yield relabelled(row, answer, asked, others[k % len(others)])
+
+
+def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
+    """Wrong pictures of Scenes, of prompts and of edits, and the same with the one thing changed
+    that was wrong (`mend`), which are preferred.
+
+    The codes are new where a pixel within MENDED of their square has changed. Left out is what no
+    one change makes right, what is not right when it has become codes, and what is held out.
+    """
+    world = get_world(model.sampling.get("world", "scenes"))
+    for row in rows:
+        right, given = aim(row), row.get("given", 0)
+        found, before = [], []
+        for scene, answer in list(zip(seen(model, row), row["answers"], strict=True))[given:]:
+            mended = None if right(scene) else mend(scene, right, world)
+            if mended:
+                codes = codes_of(answer)
+                pixels = np.asarray(model.pictures([codes])[0])
+                better, changed = repaint(pixels, scene, *mended, world)
+                new = model.processor.codes(better)
+                found.append(tuple(np.where(squares(changed, len(codes)), new, codes).tolist()))
+                before.append(answer)
+        scenes = looked_at(model, tuple(found)) if found else []
+        for drawn, scene, answer in zip(found, scenes, before, strict=True):
+            if right(scene) and not shows_held_out(scene):
+                pair = {"prompt": row["prompt"], "chosen": [assistant({"codes": [*drawn]})]}
+                yield {**pair, "rejected": answer, "id": row["id"]}
+
+
+def squares(changed: np.ndarray, codes: int) -> np.ndarray:
+    """Which squares of a picture, bool (codes,), have a changed pixel in them or MENDED around."""
+    side = math.isqrt(codes)
+    step = len(changed) // side
+    y, x = np.nonzero(changed)
+    found = np.zeros((side, side), bool)
+    for dy in (-MENDED, 0, MENDED):
+        for dx in (-MENDED, 0, MENDED):
+            rows, columns = (np.clip(v, 0, len(changed) - 1) // step for v in (y + dy, x + dx))
+            found[rows, columns] = True
+    return found.ravel()
 
 
 def allowed(model: UniMM, row: Row) -> list[bool]:
@@ -323,14 +369,15 @@ def choose_pairs(
     margin: float = 0.0,
     each: int = 1,
     hindsight: bool = False,
+    mended: bool = False,
 ) -> dict[str, Any]:
     """Write the best against the worst answer of every prompt; returns counts and mean scores.
 
     `each`: so many pairs of a prompt at most, the second best against the second worst and so on.
-    `hindsight`: the pairs of `hindsight_pairs` too. Answers whose scores differ by `margin` or less
-    give no preference. Of equal scores the earlier answer counts as the better one, and as the
-    worse one. Pictures of Scenes that show something held out are not learned from, whatever the
-    judge. The scores are of the model's own answers.
+    `hindsight`: the pairs of `hindsight_pairs` too; `mended`: those of `mended_pairs`. Answers of
+    scores that differ by `margin` or less give no preference. Of equal scores the earlier answer
+    counts as the better one, and as the worse one. Pictures of Scenes that show something held out
+    are not learned from, whatever the judge. The scores are of the model's own answers.
     """
     if margin < 0:
         raise ValueError(f"the margin is 0 or more, not {margin}")
@@ -342,6 +389,8 @@ def choose_pairs(
         for row, found in zip(part, judge(model, part), strict=True):
             if hindsight:
                 others += hindsight_pairs(model, [row], each)
+            if mended:
+                others += mended_pairs(model, [row])
             if not found:
                 continue
             if not np.isfinite(found).all():

@@ -10,6 +10,7 @@ from .edits import EDITS, edit_holds, edit_kind, edits
 from .hindsight import nearest, plain
 from .language import describe, express, prompt, task_prompt
 from .meaning import Spec, complete, parse, satisfies
+from .mending import mend, repaint
 from .questions import (
     QUESTION_TYPES,
     Question,
@@ -76,6 +77,7 @@ __all__ = [
     "is_held_out",
     "look",
     "main_relation",
+    "mend",
     "nearest",
     "normalize_answer",
     "open_questions",
@@ -86,6 +88,7 @@ __all__ = [
     "refer",
     "relation_holds",
     "render",
+    "repaint",
     "sample_scene",
     "satisfies",
     "task_prompt",
