@@ -50,7 +50,7 @@ RUN = Run(
     data={"a": Source(lambda run: [])},
     steps=1,
     batch_size=4,
-    options={"contrast": 2.0, "changes": 1.0},
+    options={"contrast": 2.0},
 )
 
 
@@ -279,6 +279,9 @@ def test_edits_of_a_kind_come_as_often_as_is_said(store):
     assert share("background", kinds={"background": 0.0}) == 0
     with pytest.raises(ValueError, match="no edits of kind color: only recolor"):
         made(kinds={"color": 1.0})
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weights of 0 or more"):
+            made(kinds={"recolor": weight})
 
 
 def test_captions_of_three_objects_and_more(tmp_path):

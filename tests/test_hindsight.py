@@ -221,8 +221,9 @@ def test_the_commands(tiny_unimm, tmp_path, capsys):
     for words in (["--edits", "0"], ["--edits", "2", "--scenes", "2"]):
         assert main([*common, "--judge", "checker", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-    assert main([*common, "--judge", "self", "--scenes", "2", "--hindsight"]) == 2
-    assert "--judge checker" in capsys.readouterr().err
+    for words in (["--hindsight"], ["--mended"], ["--right", str(tmp_path / "r.jsonl")]):
+        assert main([*common, "--judge", "self", "--scenes", "2", *words]) == 2
+        assert "--judge checker" in capsys.readouterr().err
     judge = tmp_path / "judge.py"
     judge.write_text("def dark(words, picture):\n    return -sum(picture.tobytes())\n")
     assert main([*common, "--judge", f"{judge}:dark", "--edits", "2", "--answers", "3"]) == 0

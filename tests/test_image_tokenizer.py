@@ -158,7 +158,10 @@ def test_a_tokenizer_is_trained_further(tmp_path, changes):
         weighed = setup_of(recipe, init=str(tmp_path), options={**options, "rate": 0.1}).model
         assert torch.equal(weighed.export().encode(pixels), before.encode(pixels))
         weighed.export().save(tmp_path / "weighed")
-        setup_of(recipe, init=str(tmp_path / "weighed"), options=options)
+        kept = {name: value for name, value in options.items() if name != "rate"}
+        for said, rate in ((options, 0.0), (kept, 0.1)):  # the rate stays if nothing is said
+            made = setup_of(recipe, init=str(tmp_path / "weighed"), options=said).model
+            assert made.export().config.rate == rate
         rows = begun.export().code_vectors()
         assert not torch.equal(rows, before.code_vectors())
         assert F.cosine_similarity(rows, before.code_vectors()).median() > 0.95
@@ -204,10 +207,10 @@ def test_a_rate_prefers_the_usual_among_codes_about_as_near(quantizer):
     tokenizer = VQTokenizer(small(quantizer=quantizer)).eval()
     pixels = training.to_signed(pictures(60))
     plain = tokenizer.encode(pixels)
-    assert torch.equal(with_rate(tokenizer, pixels, 0.0).encode(pixels), plain)
+    assert torch.equal(with_rate(tokenizer, [pixels], 0.0).encode(pixels), plain)
     entropy = {0.0: entropy_of(plain)}
     for rate in (0.01, 0.05):
-        weighed = with_rate(tokenizer, pixels, rate, rounds=20)  # until the shares stand still
+        weighed = with_rate(tokenizer, [pixels], rate, rounds=20)  # until the shares stand still
         codes = weighed.encode(pixels)
         x = weighed.latents(pixels).detach().permute(0, 2, 3, 1).flatten(1, 2)
         x = F.normalize(x, dim=-1) if quantizer == "vq" else x
@@ -236,7 +239,7 @@ def test_save_and_load_are_exact(tmp_path, changes):
     tokenizer = TokenizerTraining(small(**changes), VQTraining()).export().eval()
     pixels = training.to_signed(pictures(4))
     if tokenizer.config.rate:
-        tokenizer = with_rate(tokenizer, pixels, tokenizer.config.rate)
+        tokenizer = with_rate(tokenizer, [pixels], tokenizer.config.rate)
         assert tokenizer.quantize.log_share.std() > 0
     tokenizer.save(tmp_path)
     again = ImageTokenizer.load(tmp_path)
@@ -414,10 +417,13 @@ def test_the_setup_previews_and_saves(tmp_path):
     assert ImageTokenizer.load(tmp_path).config == small()
     weighed = dataclasses.replace(run, options={**run.options, "rate": 0.2, "counted": 4})
     parts = training.setup_image_tokenizer(weighed)
+    random = torch.get_rng_state()
+    parts.preview(tmp_path, 8)
+    assert torch.equal(torch.get_rng_state(), random)  # looking changes nothing of the training
     parts.save(tmp_path)
     tokenizer = ImageTokenizer.load(tmp_path)
     pixels = training.to_signed(parts.collate([Rectangles()[i] for i in range(4)]))
-    wanted = with_rate(parts.model.export(), pixels, 0.2)
+    wanted = with_rate(parts.model.export(), [pixels], 0.2)
     assert torch.equal(tokenizer.quantize.log_share, wanted.quantize.log_share)
     run.options["l3"] = 1
     with pytest.raises(ValueError, match="unknown options.*l3"):

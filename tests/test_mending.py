@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny_model
 from test_hindsight import MINI, WORLD, drawn, scene_of
 
+from unimm.cli import main
 from unimm.data.processor import user
 from unimm.data.scenes import (
     TASKS,
@@ -144,7 +145,31 @@ def test_edits_are_mended_and_what_is_given_is_not(tiny_unimm, monkeypatch):
     assert pair["rejected"] == row["answers"][1] and pair["prompt"] == row["prompt"]
 
 
-def test_what_is_held_out_is_not_preferred(tiny_unimm, monkeypatch):
+def test_the_command_writes_mended_pairs_and_right_pictures(tiny_unimm, monkeypatch, tmp_path):
+    rows = made.scenes_edits(tiny_unimm, 12, "scenes-mini", seed=3)
+    scenes = [[made.from_array(np.asarray(a, np.float32)) for a in r["scenes"]] for r in rows]
+    one = [a.background == b.background and len(a.objects) == len(b.objects) for a, b in scenes]
+    (before, after), row = scenes[one.index(True)], rows[one.index(True)]
+    row |= {"id": "c", "answers": [*row["answers"], [drawn(5)], [drawn(6)]]}
+    made.write_lines(tmp_path / "p.candidates.jsonl", [row])
+    tiny_unimm.save_pretrained(tmp_path / "tiny")
+    wrong = tuple(made.codes_of([drawn(5)]))
+
+    def pictures(self, codes):
+        return [render(before if tuple(c) == wrong else after, MINI) for c in codes]
+
+    monkeypatch.setattr(UniMM, "pictures", pictures)
+    words = ["preferences", str(tmp_path / "p.jsonl"), "--model", str(tmp_path / "tiny")]
+    words += ["--judge", "checker", "--mended", "--right", str(tmp_path / "own.jsonl")]
+    assert main(words) == 0
+    best, mended = made.read_lines(tmp_path / "p.jsonl")
+    assert best["chosen"] == row["answers"][0] and best["rejected"] == row["answers"][1]
+    assert mended["rejected"] == row["answers"][1]
+    (own,) = made.read_lines(tmp_path / "own.jsonl")
+    assert own == {"messages": [*row["prompt"], drawn(6)]}  # the rendered one is not its own
+
+
+def test_what_is_held_out_is_not_preferred(tiny_unimm, monkeypatch, tmp_path):
     for k in range(10_000):
         held = sample_scene(MINI, np.random.default_rng(k), split="pairs", task="single_object")
         o = held.objects[0]
@@ -160,6 +185,14 @@ def test_what_is_held_out_is_not_preferred(tiny_unimm, monkeypatch):
     )
     row = {"id": "a", "prompt": [user(f"a {o.color} {o.shape}")], "answers": [[drawn(1)]]}
     assert not list(made.mended_pairs(tiny_unimm, [row]))
+    made.looked_at.cache_clear()
+    held, wrong = wrong, held  # nor is it what another is preferred to
+    row = {**row, "prompt": [user(f"a {o.color} {other}")]}
+    assert not list(made.mended_pairs(tiny_unimm, [row]))
+    assert made.checker_judge(tiny_unimm, [row]) == [[0.0]]
+    row = {**row, "prompt": [user(f"a {o.color} {o.shape}")]}
+    assert made.checker_judge(tiny_unimm, [row]) == [[1.0]]
+    assert made.right_answers(tiny_unimm, [row], tmp_path / "right.jsonl") == 0
 
 
 def test_squares_near_a_change():

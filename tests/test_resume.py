@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from unimm.checkpoints.native import load_model, save_model
 from unimm.config import Run, Source
 from unimm.data.processor import assistant, user
-from unimm.training import state
+from unimm.training import state, trainer
 from unimm.training.next_token import next_token, scored_weight
 from unimm.training.trainer import check_same_run, train
 
@@ -131,13 +131,30 @@ def test_killed_at_random_moments(root, kills, packing):
     same(root, *names, steps=40 + 4 * kills)
 
 
-def test_two_runs_do_not_train_in_one_folder(root):
+def test_two_runs_do_not_train_in_one_folder(root, monkeypatch):
     run = run_for(root, "one")
-    Path(run.out).mkdir()
-    with FileLock(Path(run.out) / ".lock"), pytest.raises(ValueError, match="another run is"):
+    out = Path(run.out)
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"step": 1}\n')  # of the other run, which has no checkpoint
+    with FileLock(out / ".lock"), pytest.raises(ValueError, match="another run is training in"):
         train(run)
-    assert not (Path(run.out) / "model.safetensors").exists()
-    assert (train(run) / "done").exists()
+    assert [path.name for path in out.iterdir() if path.name != ".lock"] == ["log.jsonl"]
+    assert (out / "log.jsonl").read_text() == '{"step": 1}\n'
+
+    def remove(folder):
+        with pytest.raises(Timeout):  # the other has to wait until all is written
+            FileLock(folder / ".lock").acquire(timeout=0)
+        (folder / "removed").write_text("")
+
+    monkeypatch.setattr(trainer, "remove_checkpoints", remove)
+    assert (train(run) / "done").exists() and (out / "removed").exists()
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(root):
+    run = run_for(root, "nothing", init=str(root / "not there"))
+    with pytest.raises((ValueError, OSError)):
+        train(run)
+    assert not Path(run.out).exists()
 
 
 def test_the_last_two_checkpoints_are_kept_and_none_in_the_end(root, monkeypatch):

@@ -1,11 +1,12 @@
 """A push: the model learns what an instruction changes in a picture, and to leave all else alone.
 
+unimm preferences pairs.jsonl --judge checker --scenes 5000 --answers 4 --guidance 1 --right own.jsonl
 unimm train train/edits.py data.own.options.path=own.jsonl out=runs/edits_push
 
 More than half of all slots are edits, in which a code that changes counts three times one that
-stays; the rest is a little of everything, so that nothing is forgotten. own.jsonl are messages:
-prompts with pictures that the model itself has drawn for them, rightly. Rendered ones in their
-place undo what preferences have taught. What was seen: train/README.md.
+stays; the rest is a little of everything, so that nothing is forgotten. own.jsonl are prompts with
+pictures that the model itself has drawn for them, rightly: rendered ones in their place undo what
+preferences have taught. An hour on two cores without AMX. What was seen: train/README.md.
 """
 
 import dataclasses

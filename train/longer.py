@@ -62,5 +62,5 @@ config = dataclasses.replace(
     compile=True,
     accumulate=2,
     packing=448,
-    options={**stage3.options, "contrast": 4.0, "changes": 1.0},
+    options={**stage3.options, "contrast": 4.0},
 )

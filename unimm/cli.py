@@ -143,14 +143,14 @@ def preferences(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     candidates = Path(args.candidates or out.with_suffix(".candidates.jsonl"))
-    for path in (out, candidates):
+    for path in (out, candidates, *([Path(args.right)] if args.right else [])):
         check_writable(path, folder=False, endings=(".jsonl",))
     given = [n for n in (args.prompts, args.scenes, args.edits) if n is not None]
     if len(given) > 1 or any(n < 1 for n in given if isinstance(n, int)):
         raise ValueError("give one of --prompts FILE, --scenes N and --edits N, N of 1 or more")
     if args.pairs < 1:
         raise ValueError("--pairs must be 1 or more")
-    for name in ("hindsight", "mended"):
+    for name in ("hindsight", "mended", "right"):
         if getattr(args, name) and args.judge != "checker":
             raise ValueError(f"--{name} is of what the checker sees in pictures: --judge checker")
     model = load(args)
@@ -176,8 +176,10 @@ def preferences(args: argparse.Namespace) -> None:
             prompts = made.scenes_prompts(args.scenes, world, args.seed)
         rows = made.sample_candidates(model, prompts, candidates, how)
     judge = made.find_judge(args.judge, rows)
-    kinds = args.hindsight, args.mended
-    chosen = made.choose_pairs(model, rows, judge, out, args.margin, args.pairs, *kinds)
+    kinds = {"hindsight": args.hindsight, "mended": args.mended}
+    chosen = made.choose_pairs(model, rows, judge, out, args.margin, args.pairs, **kinds)
+    if args.right:
+        chosen["right"] = made.right_answers(model, rows, Path(args.right))
     print(json.dumps(chosen))
 
 
@@ -306,7 +308,8 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--answers", type=int, default=8, help="answers drawn for each prompt")
     p.add_argument("--pairs", type=int, default=1, metavar="N", help="pairs a prompt, at most")
     p.add_argument("--hindsight", action="store_true", help="pairs of true and asked prompts too")
-    p.add_argument("--mended", action="store_true", help="wrong pictures and them put right too")
+    p.add_argument("--mended", action="store_true", help="pairs with a wrong picture put right too")
+    p.add_argument("--right", metavar="FILE.jsonl", help="write right pictures there, to train on")
     p.add_argument("--candidates", metavar="FILE", help="where all answers are kept")
     p.add_argument("--margin", type=float, default=0.0, help="least difference of two scores")
     add_sampling(p, filters=False)

@@ -165,7 +165,8 @@ class UniMM:
     ) -> list[Message]:
         """The conversation with the model's answer appended; it may hold drawn images.
 
-        A drawn image carries its codes, so that a later turn sees just what was drawn.
+        A drawn image carries its codes, so that a later turn sees just what was drawn. What is to
+        be changed in an image that the user shows is said before it, as `edit` does.
         """
         if not messages or messages[-1].get("role") != "user":
             raise ValueError("a chat ends with the user message that is to be answered")

@@ -310,7 +310,7 @@ def scenes_captions(run: Any, store: str, only: str = "") -> Made:
         image = pictures.image(k, codes=False)
         return _talk(user(image, ask), assistant(describe(pictures.scene(k))))
 
-    return Made(make, (run.seed, 2))
+    return Made(make, (run.seed, 2, *map(ord, only)))
 
 
 def scenes_questions(
@@ -397,7 +397,9 @@ def scenes_edits(
     chance = np.ones(count)
     if kinds:
         both = ((pictures.scene(2 * k), pictures.scene(2 * k + 1)) for k in range(count))
-        chance = np.array([kinds.get(edit_kind(*pair), 1.0) for pair in both])
+        chance = np.array([float(kinds.get(edit_kind(*pair), 1.0)) for pair in both])
+        if not (chance >= 0).all() or not 0 < chance.sum() < np.inf:
+            raise ValueError(f"kinds are weights of 0 or more, and not all 0, not {kinds}")
     up_to = np.cumsum(chance)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:

@@ -5,11 +5,12 @@ of LlamaGen (arXiv 2406.06525) and Janus; its module names are those of transfor
 `Emu3Tokenizer` is Emu3's (arXiv 2409.18869), a thin wrap of transformers' network.
 """
 
+import copy
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -196,23 +197,25 @@ class VQTokenizer(ImageTokenizer):
 
 @torch.no_grad()
 def with_rate(
-    tokenizer: VQTokenizer, pixels: Tensor, rate: float, rounds: int = 5, batch: int = 100
+    tokenizer: VQTokenizer, batches: Iterable[Tensor], rate: float, rounds: int = 5
 ) -> VQTokenizer:
     """A copy of the tokenizer whose look-up prefers, among codes about as near, the usual ones.
 
-    pixels (N, 3, H, W) in [-1, 1] are what the shares of the codes are counted on; as the shares
-    depend on the look-up and it on them, `rounds` times. Where a code is a choice among near
+    batches: pixels (N, 3, H, W) in [-1, 1], on which the shares of the codes are counted; as the
+    shares depend on the look-up and it on them, `rounds` times. Where a code is a choice among near
     equals, such as in plain ground, a model of the codes need not guess it then.
     """
-    config = replace(tokenizer.config, rate=rate)
-    made = VQTokenizer(config).to(pixels.device)
-    made.load_state_dict(tokenizer.state_dict(), strict=False)
-    made = made.to(next(tokenizer.parameters()).dtype).eval()
-    latents = torch.cat([made.latents(part) for part in pixels.split(batch)]).permute(0, 2, 3, 1)
+    made = copy.deepcopy(tokenizer).eval()
+    made.config = replace(tokenizer.config, rate=rate)
+    book = made.quantize
+    if isinstance(book, Codebook):
+        book.rate = rate
+        book.register_buffer("log_share", torch.zeros_like(book.log_share), persistent=rate > 0)
+    latents = torch.cat([made.latents(pixels) for pixels in batches]).permute(0, 2, 3, 1)
     for _ in range(rounds if rate else 0):
-        codes = made.quantize.look_up(latents).flatten()
-        counts = torch.bincount(codes, minlength=config.codebook_size) + 1  # none is impossible
-        made.quantize.log_share = (counts / counts.sum()).log()
+        codes = book.look_up(latents).flatten()
+        counts = torch.bincount(codes, minlength=tokenizer.codebook_size) + 1  # none is impossible
+        book.log_share = (counts / counts.sum()).log()
     return made
 
 

@@ -80,8 +80,8 @@ def contrast_weight(batch: ContrastBatch, run: Run) -> float:
 def setup_contrast(run: Run) -> Parts:
     """A unified model from `run.init`; an item may have "false_messages" beside its "messages".
 
-    options: those of `setup_unified`; `contrast`, the weight of the term; `changes`, see
-    `stress_changes`.
+    options: those of `setup_unified`; `contrast`, the weight of the term; `changes` (1 if nothing
+    is said), see `stress_changes`.
     """
     model, processor, sampling = open_init(run)
 
@@ -90,7 +90,7 @@ def setup_contrast(run: Run) -> Parts:
         sample = drop_prompt(whole, processor, run.drop_prompt, rng)
         false = item.get("false_messages") if sample is whole else None
         both = [sample, processor.encode(false)] if false else [sample]
-        return Contrast(*(stress_changes(s, run.options["changes"]) for s in both))
+        return Contrast(*(stress_changes(s, run.options.get("changes", 1.0)) for s in both))
 
     return replace(
         unified_parts(run, model, processor, sampling),

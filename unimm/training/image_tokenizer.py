@@ -236,7 +236,8 @@ def world_size() -> int:
 def setup_image_tokenizer(run: Run) -> Any:
     """Model, collate, preview and save for the trainer; `run.options` holds the fields of
     `VQConfig` and `VQTraining`, `run.init` a folder whose image tokenizer is trained further
-    ("scenes": the bundled one). ValueError for an option that is neither, or another tokenizer."""
+    ("scenes": the bundled one), whose `rate` stays if none is given. ValueError for an option that
+    is neither, or another tokenizer."""
     from unimm.training.trainer import Parts
 
     fields = {made: {f.name for f in dataclasses.fields(made)} for made in (VQConfig, VQTraining)}
@@ -247,9 +248,13 @@ def setup_image_tokenizer(run: Run) -> Any:
         made: {k: v for k, v in run.options.items() if k in names} for made, names in fields.items()
     }
     settings = VQTraining(**chosen[VQTraining])
-    model = TokenizerTraining(VQConfig(**chosen[VQConfig]), settings)
+    begun = None
     if run.init:
-        model.begin_with(ImageTokenizer.load(BUNDLED if run.init == "scenes" else str(run.init)))
+        begun = ImageTokenizer.load(BUNDLED if run.init == "scenes" else str(run.init))
+        chosen[VQConfig].setdefault("rate", getattr(begun.config, "rate", 0.0))
+    model = TokenizerTraining(VQConfig(**chosen[VQConfig]), settings)
+    if begun is not None:
+        model.begin_with(begun)
 
     @lru_cache
     def some(first: int, count: int, what: str) -> Tensor:
@@ -263,17 +268,20 @@ def setup_image_tokenizer(run: Run) -> Any:
                     found.append(items[first + i])
         if not found:
             raise ValueError(f"none of the pictures {what} can be read")
-        return collate(found).to(next(model.parameters()).device)
+        return collate(found)
 
     def finished() -> VQTokenizer:
         tokenizer = model.export()
         if not tokenizer.config.rate:
             return tokenizer
-        pixels = to_signed(some(0, settings.counted, "of training"))
-        return with_rate(tokenizer, pixels, tokenizer.config.rate)
+        parts = some(0, settings.counted, "of training").split(settings.previews)
+        return with_rate(tokenizer, map(signed, parts), tokenizer.config.rate)
+
+    def signed(pictures: Tensor) -> Tensor:
+        return to_signed(pictures.to(next(model.parameters()).device))
 
     def preview(folder: Path, step: int) -> dict[str, float]:
-        pixels = to_signed(some(settings.preview_offset, settings.previews, "held out"))
+        pixels = signed(some(settings.preview_offset, settings.previews, "held out"))
         tokenizer = finished()
         picture = reconstruction_grid(tokenizer, pixels[:16])
         picture.save(folder / f"preview-{step:06d}.png")

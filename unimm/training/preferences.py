@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def seen(model: UniMM, row: Row) -> list[Scene]:
     return looked_at(model, tuple(tuple(codes_of(answer)) for answer in row["answers"]))
 
 
-@lru_cache(maxsize=PROMPTS_AT_ONCE)  # a judge, `allowed` and `hindsight_pairs` ask for the same
+@lru_cache(maxsize=PROMPTS_AT_ONCE)  # judges, `allowed` and both kinds of pairs ask for the same
 def looked_at(model: UniMM, codes: tuple[tuple[int, ...], ...]) -> list[Scene]:
     """What the checker sees in the pictures of these codes."""
     pictures = np.stack([np.asarray(p) for p in model.pictures([[*c] for c in codes])])
@@ -236,14 +237,16 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
     that was wrong (`mend`), which are preferred.
 
     The codes are new where a pixel within MENDED of their square has changed. Left out is what no
-    one change makes right, what is not right when it has become codes, and what is held out.
+    one change makes right, what is not right when it has become codes, and what shows, before or
+    after, something held out.
     """
     world = get_world(model.sampling.get("world", "scenes"))
     for row in rows:
         right, given = aim(row), row.get("given", 0)
         found, before = [], []
         for scene, answer in list(zip(seen(model, row), row["answers"], strict=True))[given:]:
-            mended = None if right(scene) else mend(scene, right, world)
+            learned = not right(scene) and not shows_held_out(scene)
+            mended = mend(scene, right, world) if learned else None
             if mended:
                 codes = codes_of(answer)
                 pixels = np.asarray(model.pictures([codes])[0])
@@ -251,11 +254,24 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
                 new = model.processor.codes(better)
                 found.append(tuple(np.where(squares(changed, len(codes)), new, codes).tolist()))
                 before.append(answer)
-        scenes = looked_at(model, tuple(found)) if found else []
+        scenes = looked_at.__wrapped__(model, tuple(found)) if found else []  # asked for once
         for drawn, scene, answer in zip(found, scenes, before, strict=True):
             if right(scene) and not shows_held_out(scene):
                 pair = {"prompt": row["prompt"], "chosen": [assistant({"codes": [*drawn]})]}
                 yield {**pair, "rejected": answer, "id": row["id"]}
+
+
+def right_answers(model: UniMM, rows: list[Row], path: Path, each: int = 3) -> int:
+    """Write conversations of at most `each` pictures a prompt that the model drew and that are
+    right, for the checker; nothing held out. Returns how many. `readers.messages` reads them."""
+    kept = []
+    for row in rows:
+        right, given = aim(row), row.get("given", 0)
+        found = list(zip(seen(model, row), row["answers"], strict=True))[given:]
+        good = [a for scene, a in found if right(scene) and not shows_held_out(scene)]
+        kept += [{"messages": [*row["prompt"], *answer]} for answer in good[:each]]
+    write_lines(path, kept)
+    return len(kept)
 
 
 def squares(changed: np.ndarray, codes: int) -> np.ndarray:
@@ -382,15 +398,15 @@ def choose_pairs(
     if margin < 0:
         raise ValueError(f"the margin is 0 or more, not {margin}")
     pairs: list[Row] = []
-    others: list[Row] = []
+    more: dict[str, list[Row]] = {"hindsight": [], "mended": []}
     scores = []
     for k in tqdm(range(0, len(rows), PROMPTS_AT_ONCE), desc="judging", disable=None):
         part = rows[k : k + PROMPTS_AT_ONCE]
         for row, found in zip(part, judge(model, part), strict=True):
             if hindsight:
-                others += hindsight_pairs(model, [row], each)
+                more["hindsight"] += hindsight_pairs(model, [row], each)
             if mended:
-                others += mended_pairs(model, [row])
+                more["mended"] += mended_pairs(model, [row])
             if not found:
                 continue
             if not np.isfinite(found).all():
@@ -408,7 +424,7 @@ def choose_pairs(
                     a, b = row["answers"][best], row["answers"][worst]
                     kept = {"id": row["id"], "scores": [found[best], found[worst]]}
                     pairs.append({"prompt": row["prompt"], "chosen": a, "rejected": b, **kept})
-    pairs += others
+    pairs += chain(*more.values())
     if not pairs:
         raise ValueError("the judge prefers no answer to another, so there are no preferences")
     write_lines(path, pairs)
@@ -416,6 +432,7 @@ def choose_pairs(
     return {
         "prompts": len(rows),
         "pairs": len(pairs),
+        **{name: len(found) for name, found in more.items() if found},  # of them
         "mean_score": round(float(mean), 4),
         "best_score": round(float(best_mean), 4),
     }

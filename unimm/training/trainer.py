@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -78,7 +78,7 @@ def train(run: Run) -> Path:
     checkpoint and ends the process with status 0. Raises ValueError where a loss or a gradient is
     no number any more, and OSError where a checkpoint cannot be written.
     """
-    from accelerate.utils import send_to_device, set_seed
+    from accelerate.utils import set_seed
 
     out = checked_folder(run)
     if (out / "done").exists():
@@ -86,6 +86,17 @@ def train(run: Run) -> Path:
     run = settled(run)
     set_seed(run.seed)
     team = Team(run)
+    with alone_in(out, team):
+        if not (out / "done").exists():
+            train_in(out, run, team)
+        team.wait()
+    return out
+
+
+def train_in(out: Path, run: Run, team: Team) -> None:
+    """The run itself, in a folder that is its own."""
+    from accelerate.utils import send_to_device, set_seed
+
     parts = setup(run)
     if run.packing and parts.pack is None:
         raise ValueError("this setup cannot pack samples: packing=0")
@@ -99,7 +110,6 @@ def train(run: Run) -> Path:
     progress = load_checkpoint(out, trained, optimizers, team)
     start = progress["step"]
     mixture = make_mixture(run, parts, progress, team.rank, team.ranks)
-    out.mkdir(parents=True, exist_ok=True)
     if team.main:
         write_text(out / "run.json", json.dumps(run.record(), indent=1))
 
@@ -117,7 +127,7 @@ def train(run: Run) -> Path:
     log = Log(out, run, start, team, progress.get("log"))
     cursor = mixture.state()
     ahead_of_use = closing(prefetch(make_step, run.steps - start))
-    with alone_in(out, team), ahead_of_use as ahead, Signal() as asked_to_stop:
+    with ahead_of_use as ahead, Signal() as asked_to_stop:
         for step in range(start, run.steps):
             try:
                 todo, next_cursor = log.timed(lambda: next(ahead))
@@ -181,8 +191,6 @@ def train(run: Run) -> Path:
             (out / "done").write_text("")
             remove_checkpoints(out)
     log.close()
-    team.wait()
-    return out
 
 
 def checked_folder(run: Run) -> Path:
@@ -306,17 +314,21 @@ def not_finite(step: int, wrong: list[Origin], out: Path) -> str:
 
 @contextmanager
 def alone_in(out: Path, team: Team) -> Iterator[None]:
-    """Inside, no other run trains in this folder; ValueError where one does."""
+    """Inside, no other run trains in this folder; ValueError, on all ranks, where one does."""
     lock = FileLock(out / ".lock", timeout=0)
     if team.main:
-        try:
+        out.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout):
             lock.acquire()
-        except Timeout:
-            raise ValueError(f"another run is training in {out}: choose another out") from None
+    if not team.gather_objects(lock.is_locked)[0]:
+        raise ValueError(f"another run is training in {out}: choose another out")
     try:
         yield
     finally:
         lock.release()
+        if team.main and [path.name for path in out.iterdir()] == [".lock"]:
+            (out / ".lock").unlink()  # a run that could not begin leaves nothing
+            out.rmdir()
 
 
 class Signal:

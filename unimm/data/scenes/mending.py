@@ -20,7 +20,7 @@ def mend(
     scene: Scene, right: Callable[[Scene], bool], world: str | World = "scenes"
 ) -> tuple[int, Object | None] | None:
     """The change of one object that makes a scene right: its index, and the object in its place or
-    None where it is one too many. None if no shape, colour or size makes it right."""
+    None where it is one too many. None if no one change makes it right."""
     for k, new in _changes(scene, get_world(world)):
         rest = (*scene.objects[:k], *([new] if new else []), *scene.objects[k + 1 :])
         if rest and right(replace(scene, objects=rest)):
