@@ -1,6 +1,7 @@
 """A push: the model learns what an instruction changes in a picture, and to leave all else alone.
 
-unimm preferences pairs.jsonl --judge checker --scenes 5000 --answers 4 --guidance 1 --right own.jsonl
+unimm preferences pairs.jsonl --judge checker --scenes 5000 --answers 4 --guidance 1 \\
+    --right own.jsonl
 unimm train train/edits.py data.own.options.path=own.jsonl out=runs/edits_push
 
 More than half of all slots are edits, in which a code that changes counts three times one that
