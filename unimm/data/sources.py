@@ -394,16 +394,19 @@ def scenes_edits(
     count = len(pictures.instructions)
     if wrong := set(kinds or {}) - {*EDITS}:
         raise ValueError(f"no edits of kind {', '.join(sorted(wrong))}: only {', '.join(EDITS)}")
-    chance = np.ones(count)
+    up_to = None
     if kinds:
         both = ((pictures.scene(2 * k), pictures.scene(2 * k + 1)) for k in range(count))
         chance = np.array([float(kinds.get(edit_kind(*pair), 1.0)) for pair in both])
         if not (chance >= 0).all() or not 0 < chance.sum() < np.inf:
             raise ValueError(f"kinds are weights of 0 or more, and not all 0, not {kinds}")
-    up_to = np.cumsum(chance)
+        up_to = np.cumsum(chance)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
-        k = int(np.searchsorted(up_to, rng.random() * up_to[-1], side="right"))
+        if up_to is None:
+            k = int(rng.integers(count))
+        else:
+            k = int(np.searchsorted(up_to, rng.random() * up_to[-1], side="right"))
         before, after = {**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1)
         words = pictures.instructions[k]
         talk = _talk(user(words, before), assistant(after))
