@@ -47,7 +47,7 @@ config = dataclasses.replace(
     out="runs/edits_push",
     train=((r"vision\..*", 3e-4), (r".*", 1e-3)),
     data={**data, "own": Source(messages, weight=6.0, options={"path": "own.jsonl"})},
-    steps=480,
+    steps=440,
     batch_size=96,
     warmup=10,
     options={**longer.options, "changes": 3.0},

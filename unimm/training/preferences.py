@@ -242,11 +242,10 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
     """
     world = get_world(model.sampling.get("world", "scenes"))
     for row in rows:
-        right, given = aim(row), row.get("given", 0)
+        right = aim(row)
         found, before = [], []
-        for scene, answer in list(zip(seen(model, row), row["answers"], strict=True))[given:]:
-            learned = not right(scene) and not shows_held_out(scene)
-            mended = mend(scene, right, world) if learned else None
+        for scene, answer in own_pictures(model, row):
+            mended = None if right(scene) else mend(scene, right, world)
             if mended:
                 codes = codes_of(answer)
                 pixels = np.asarray(model.pictures([codes])[0])
@@ -266,12 +265,17 @@ def right_answers(model: UniMM, rows: list[Row], path: Path, each: int = 3) -> i
     right, for the checker; nothing held out. Returns how many. `readers.messages` reads them."""
     kept = []
     for row in rows:
-        right, given = aim(row), row.get("given", 0)
-        found = list(zip(seen(model, row), row["answers"], strict=True))[given:]
-        good = [a for scene, a in found if right(scene) and not shows_held_out(scene)]
+        right = aim(row)
+        good = [answer for scene, answer in own_pictures(model, row) if right(scene)]
         kept += [{"messages": [*row["prompt"], *answer]} for answer in good[:each]]
     write_lines(path, kept)
     return len(kept)
+
+
+def own_pictures(model: UniMM, row: Row) -> list[tuple[Scene, list[Message]]]:
+    """The answers that the model itself drew, with what they show; nothing held out."""
+    both = list(zip(seen(model, row), row["answers"], strict=True))[row.get("given", 0) :]
+    return [(scene, answer) for scene, answer in both if not shows_held_out(scene)]
 
 
 def squares(changed: np.ndarray, codes: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from .drawing import render
 from .world import Object, Scene, World, get_world
 
 _EDGE = 12.0  # of 255: what differs more from the background is drawn
-_REACH = 1.25  # an object's pixels are within so many radii of its centre
+_REACH, _SOFT = 1.25, 0.03  # its pixels: so many radii and picture widths around its centre
 
 
 def mend(
@@ -54,7 +54,8 @@ def repaint(
     ground = np.median(edges, axis=0)
     centre = (np.arange(size) + 0.5) / size
     away = np.stack([np.hypot(centre - o.x, centre[:, None] - o.y) for o in scene.objects])
-    near = (away.argmin(0) == k) & (away[k] < _REACH * world.sizes[scene.objects[k].size] + 0.03)
+    reach = _REACH * world.sizes[scene.objects[k].size] + _SOFT
+    near = (away.argmin(0) == k) & (away[k] < reach)
     changed = near & (np.linalg.norm(picture - ground, axis=-1) > _EDGE)
     picture[near] = ground
     if new is not None:
@@ -63,6 +64,5 @@ def repaint(
         drawn = (added != 0).any(-1)
         picture[drawn] = ground + added[drawn]
         changed |= drawn
-    return np.where(
-        changed[..., None], (picture.clip(0, 255) + 0.5).astype(np.uint8), pixels
-    ), changed
+    levels = (picture.clip(0, 255) + 0.5).astype(np.uint8)
+    return np.where(changed[..., None], levels, pixels), changed
