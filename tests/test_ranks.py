@@ -18,8 +18,9 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 
-from unimm.checkpoints.native import save_model
+from unimm.checkpoints.native import load_model, save_model
 from unimm.config import Source, load_recipe
+from unimm.data.codes import encoder
 from unimm.data.processor import assistant, user
 from unimm.data.sources import PictureStore
 from unimm.data.streams import Stream
@@ -109,8 +110,7 @@ def done(tmp_path_factory):
     save_model(root / "model", *tiny_model(max_positions=1024))
     for name, edited in (("store", False), ("edits", True)):
         store = PictureStore.build(root / name, "scenes-mini", 24, edited=edited)
-        rng = np.random.default_rng(0)
-        store.add_codes(lambda pictures, rng=rng: rng.integers(0, 32, (len(pictures), 16)))
+        store.add_codes(encoder(load_model(root / "model")[1]))
     train(stage3(root, "one"))
     train(stage3(root, "muon", optimizer="muon", batch_size=24))
     train(stage3(root, "lora-one", lora=4))

@@ -12,6 +12,8 @@ from conftest import tiny_model
 
 from unimm.checkpoints.native import load_model, save_model
 from unimm.config import load_recipe
+from unimm.data import sources
+from unimm.data.codes import encoder
 from unimm.data.mixture import Mixture
 from unimm.data.processor import assistant, user
 from unimm.data.sources import VALIDATION, PictureStore, scenes_text
@@ -49,8 +51,7 @@ def world(tmp_path_factory):
     save_model(root / "model", *tiny_model(max_positions=1024))
     for name, edited in (("store", False), ("edits", True)):
         store = PictureStore.build(root / name, "scenes-mini", 24, edited=edited)
-        rng = np.random.default_rng(0)
-        store.add_codes(lambda pictures, rng=rng: rng.integers(0, 32, (len(pictures), 16)))
+        store.add_codes(encoder(load_model(root / "model")[1]))
     drawn = {"messages": [user("a star"), assistant({"codes": [*range(16)]})]}
     (root / "own.jsonl").write_text(json.dumps(drawn) + "\n")
     return root
@@ -113,7 +114,9 @@ def test_published_proportions(recipe, shares, world):
 
 
 def test_the_shared_pathway_goes_through_the_stages(world, tmp_path):
-    save_model(tmp_path / "model", *tiny_model("shared", max_positions=1024))
+    shared, processor = tiny_model("shared", max_positions=1024)
+    processor.image_tokenizer = load_model(world / "model")[1].image_tokenizer
+    save_model(tmp_path / "model", shared, processor)
     table = r"decoder\.embed_tokens\.weight|text_head\.weight"
     one = placed(
         "stage1_align.py", world, init=str(tmp_path / "model"), out=str(tmp_path / "one"),
@@ -318,3 +321,31 @@ def test_near_negatives_differ_in_one_shape_and_stay_in_the_split(world):
             assert sorted(o.color for o in scene.objects) == sorted(o[2] for o in base)
     plain = scenes_pairs(SimpleNamespace(seed=3), str(world / "store"))
     assert len({plain[i]["text"] for i in range(40)}) > 10
+
+
+def test_codes_of_another_image_tokenizer_are_refused_and_made_again(world, tmp_path):
+    """They would teach nothing but noise, without a word."""
+    stores, longer = (load_recipe(ROOT / "train" / f"{name}.py") for name in ("stores", "longer"))
+    save_model(tmp_path / "other", *tiny_model(max_positions=1024, seed=5))
+    where = {name: str(tmp_path / name.split("/")[1]) for name in ("runs/store", "runs/edits")}
+
+    def make(model):
+        stores.main(str(model), str(tmp_path), "scenes-mini", pictures=20, edits=10)
+        sources.equal_codes.cache_clear()
+
+    def begin(name, model):
+        source = longer.config.data[name]
+        options = {key: where.get(str(value), value) for key, value in source.options.items()}
+        source.make(dataclasses.replace(longer.config, init=str(model)), **options)
+
+    for mine, others in (
+        (world / "model", tmp_path / "other"),
+        (tmp_path / "other", world / "model"),
+    ):
+        make(mine)
+        for name in ("pictures", "edits", "chats"):
+            begin(name, mine)
+            with pytest.raises(ValueError, match="another image tokenizer"):
+                begin(name, others)
+    made = PictureStore(tmp_path / "store"), PictureStore(tmp_path / "edits")
+    assert [len(store) for store in made] == [20, 20] and len(made[1].instructions) == 10

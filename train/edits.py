@@ -1,5 +1,6 @@
 """A push: the model learns what an instruction changes in a picture, and to leave all else alone.
 
+unimm train train/stores.py model=scenes
 unimm preferences pairs.jsonl --judge checker --scenes 5000 --answers 4 --guidance 1 \\
     --right own.jsonl
 unimm train train/edits.py data.own.options.path=own.jsonl out=runs/edits_push

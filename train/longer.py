@@ -1,11 +1,11 @@
 """More of stage 3: how the bundled model goes on learning from its own weights.
 
-unimm train train/longer.py init=unimm/assets/scenes out=runs/longer steps=2000
+unimm train train/stores.py model=scenes                                # pictures, edits and codes
+unimm train train/longer.py init=scenes out=runs/longer steps=2000
 
-The stores of pictures are made by train/scenes.py. Compared with stage 3 there is no text alone,
-and drawings and edits also tell their prompt from a false one; drawings of two objects, of two that
-share a shape or a colour, and of equal ones come more often than their share. What this brought,
-step by step: train/README.md.
+Compared with stage 3 there is no text alone, and drawings and edits also tell their prompt from a
+false one; drawings of two objects, of two that share a shape or a colour, and of equal ones come
+more often than their share. What this brought, step by step: train/README.md.
 """
 
 import dataclasses

@@ -135,6 +135,15 @@ def made_by(folder: str | Path) -> str:
     return f"{crc:08x}"
 
 
+def encoder(processor: Processor) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 pictures (n, H, W, 3) -> their codes as drawn, int32 (n, k)."""
+
+    def encode(pictures: np.ndarray) -> np.ndarray:
+        return _encode(processor, torch.stack(list(map(processor.drawn_pixels, pictures)))).numpy()
+
+    return encode
+
+
 def encode_pictures(
     pictures: list[Picture],
     processor: Processor,

@@ -8,12 +8,15 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from unimm.checkpoints.native import BUNDLED, load_model
+from unimm.data.codes import encoder
 from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     EDITS,
@@ -49,6 +52,7 @@ ASK_CAPTION = (
 )
 VALIDATION = 10**9  # sources give pictures that training never sees from this index on
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
+EQUAL = 0.5  # of the codes of a store, at least: bfloat16 changes some, another tokenizer all
 EXCHANGES = ("places", "colors", "colors")  # ways to say something false of a scene, as often
 FALSE = (*EXCHANGES, "places", "same", "unlike", "shape", "color", "size", "number")
 ONLY = {  # some of the pictures, and what is said falsely of them
@@ -114,8 +118,9 @@ class PictureStore:
         return cls(folder)
 
     def add_codes(self, encode: Callable[[np.ndarray], np.ndarray], batch: int = 256) -> None:
-        """codes.npy from `encode`, uint8 (n, H, W, 3) -> codes (n, k); done once."""
-        if self.codes_path.exists():
+        """codes.npy from `encode`, uint8 (n, H, W, 3) -> codes (n, k), if it is not there yet or
+        those in it are others."""
+        if self.codes_path.exists() and self.equal_codes(encode) >= EQUAL:
             return
         parts = [
             encode(np.asarray(self.pictures[k : k + batch])).astype(np.uint16)
@@ -124,6 +129,12 @@ class PictureStore:
         scratch = self.codes_path.with_name("codes.part.npy")
         np.save(scratch, np.concatenate(parts))
         os.replace(scratch, self.codes_path)
+        self._codes = None
+
+    def equal_codes(self, encode: Callable[[np.ndarray], np.ndarray], count: int = 16) -> float:
+        """The share of the first pictures' codes that are those that `encode` gives."""
+        given, here = encode(np.asarray(self.pictures[:count])), self.codes[:count]
+        return float((given == here).mean()) if given.shape == here.shape else 0.0
 
     @property
     def codes(self) -> np.ndarray:
@@ -204,6 +215,28 @@ def _about(image: dict[str, Any], turns: list[tuple[str, str]]) -> dict[str, Any
     return _talk(user(image, turns[0][0]), *messages[1:])
 
 
+def coded_store(run: Any, store: str, codes: str = "") -> PictureStore:
+    """A store whose codes are drawn. Raises ValueError where they are another image tokenizer's
+    than that of the model folder that the run begins with."""
+    pictures, init = PictureStore(store, codes or None), getattr(run, "init", "")
+    if init and isinstance(init, str | Path):
+        folder = BUNDLED if init == "scenes" else Path(init)
+        if equal_codes(pictures.folder, pictures.codes_path, folder) < EQUAL:
+            raise ValueError(
+                f"the codes in {pictures.codes_path} are of another image tokenizer than that in "
+                f"{folder}: train/stores.py makes them"
+            )
+    return pictures
+
+
+@lru_cache
+def equal_codes(store: Path, codes: Path, model: Path) -> float:
+    """`PictureStore.equal_codes` by the image tokenizer in a model folder; 1 if it has none."""
+    if not all((model / name).is_file() for name in ("config.json", "image_tokenizer.json")):
+        return 1.0
+    return PictureStore(store, codes).equal_codes(encoder(load_model(model)[1]))
+
+
 def scenes_pictures(
     run: Any,
     store: str,
@@ -219,7 +252,7 @@ def scenes_pictures(
     goes with which shape, places, numbers. `rivals`: each with the same picture behind a false
     prompt, as "false_messages" (see `training.contrast`).
     """
-    pictures = PictureStore(store, codes or None)
+    pictures = coded_store(run, store, codes)
     chosen = pictures.chosen(only)
 
     def say(scene: Scene, rng: np.random.Generator) -> str:
@@ -390,7 +423,7 @@ def scenes_edits(
     that would not have changed the one into the other. `kinds`: how often an edit of each kind
     (`EDITS`) comes, times its share of the store; 1 where nothing is said.
     """
-    pictures = PictureStore(store)
+    pictures = coded_store(run, store)
     count = len(pictures.instructions)
     if wrong := set(kinds or {}) - {*EDITS}:
         raise ValueError(f"no edits of kind {', '.join(sorted(wrong))}: only {', '.join(EDITS)}")
@@ -424,7 +457,7 @@ def scenes_edits(
 
 def scenes_chats(run: Any, store: str) -> Made:
     """Draw it, answer about it, change it, in one conversation."""
-    pictures = PictureStore(store)
+    pictures = coded_store(run, store)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(rng.integers(len(pictures.instructions)))
