@@ -391,3 +391,28 @@ def test_preferences_are_looked_at_before_training(tmp_path, capsys):
     common = [f"data.pairs.options.path={path}", f"init={tmp_path / 'model'}"]
     assert main(["data", "check", "train/dpo.py", *common]) == 0
     assert "1 of 1 looked at are good" in capsys.readouterr().out
+
+
+def test_misdirected_pairs_show_another_object_changed(tiny_unimm, tmp_path):
+    """By the command: the picture before, the one that was asked for, and the wrong one."""
+    pairs = list(made.misdirected_pairs(tiny_unimm, 70, "scenes-mini", seed=4))
+    assert len(pairs) == 70 == len({pair["id"] for pair in pairs})
+    codes = tiny_unimm.processor.codes
+    k = found = 0
+    while found < 3:
+        rng, k = np.random.default_rng((4, 33, k)), k + 1
+        before, words, after = made.sample_edit("scenes-mini", rng)
+        wrong = made.misdirected(before, after, rng)
+        if wrong is None or (codes(render(after, MINI)) == codes(render(wrong, MINI))).all():
+            continue
+        said, shown = pairs[found]["prompt"][0]["content"]
+        assert said["text"] == words and shown["codes"] == codes(render(before, MINI)).tolist()
+        for name, scene in (("chosen", after), ("rejected", wrong)):
+            assert made.codes_of(pairs[found][name]) == codes(render(scene, MINI)).tolist()
+        found += 1
+    tiny_unimm.save_pretrained(tmp_path / "tiny")
+    words = ["preferences", str(tmp_path / "p.jsonl"), "--model", str(tmp_path / "tiny")]
+    assert main([*words, "--misdirected", "5", "--seed", "4"]) == 0
+    assert made.read_lines(tmp_path / "p.jsonl") == pairs[:5]
+    for wrong_words in (["--misdirected", "0"], ["--misdirected", "5", "--judge", "checker"], []):
+        assert main([*words, *wrong_words]) == 2

@@ -512,6 +512,33 @@ def test_edits_into_what_is_held_out():
     assert not S.edit_holds(scene, S.Scene((moved, scene.objects[1]), "gray"), after)
 
 
+def test_misdirected_edits_do_the_same_to_another_object():
+    rng, found = np.random.default_rng(14), Counter()
+    for before, _, _ in sample("scenes", 400, seed=14, split="train"):
+        after = S.edits("scenes", before, rng)[1]
+        wrong = S.misdirected(before, after, rng)
+        kind = S.edit_kind(before, after)
+        if wrong is None:
+            continue
+        assert kind not in ("add", "background") and len(before.objects) > 1
+        assert wrong.background == before.background and S.is_held_out(wrong) is None
+        assert not S.edit_holds(before, wrong, after)
+        meant = next(o for o in before.objects if o not in after.objects)
+        gone = [o for o in before.objects if o not in wrong.objects]
+        both = meant in gone
+        assert len(gone) == 1 + both, (before, after, wrong)
+        new = [o for o in wrong.objects if o not in before.objects]
+        if kind == "remove":
+            assert not new
+        else:
+            name = {"recolor": "color", "reshape": "shape", "resize": "size"}[kind]
+            (wanted,) = (getattr(o, name) for o in after.objects if o not in before.objects)
+            assert [getattr(o, name) for o in new] == [wanted] * len(gone)
+            assert [replace(o, **{name: 0}) for o in new] == [replace(o, **{name: 0}) for o in gone]
+        found[kind, both] += 1
+    assert len(found) == 8, found  # four kinds, of one object and of both
+
+
 # ---------------------------------------------------------------------------- checker
 
 

@@ -150,6 +150,17 @@ def preferences(args: argparse.Namespace) -> None:
         raise ValueError("give one of --prompts FILE, --scenes N and --edits N, N of 1 or more")
     if args.pairs < 1:
         raise ValueError("--pairs must be 1 or more")
+    if args.misdirected is not None:
+        if args.judge or given or args.misdirected < 1:
+            raise ValueError("--misdirected N, of 1 or more, is for itself: nothing is judged")
+        model = load(args)
+        world = model.sampling.get("world", "scenes")
+        pairs = made.misdirected_pairs(model, args.misdirected, world, args.seed)
+        made.write_lines(out, pairs)
+        print(json.dumps({"pairs": args.misdirected}))
+        return
+    if not args.judge:
+        raise ValueError("--judge is wanted: checker, self, RATINGS.jsonl or FILE.py:NAME")
     for name in ("hindsight", "mended", "right"):
         if getattr(args, name) and args.judge != "checker":
             raise ValueError(f"--{name} is of what the checker sees in pictures: --judge checker")
@@ -301,10 +312,13 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--sheet", metavar="FILE.png", help="draw a contact sheet")
     p = command("preferences", preferences, "make preferences for DPO from the model's own answers")
     p.add_argument("out", metavar="OUT.jsonl")
-    p.add_argument("--judge", required=True, help="checker, self, RATINGS.jsonl or FILE.py:NAME")
+    p.add_argument("--judge", help="checker, self, RATINGS.jsonl or FILE.py:NAME")
     p.add_argument("--prompts", metavar="FILE", help="one prompt a line")
     p.add_argument("--scenes", type=int, metavar="N", help="N prompts of the training split")
     p.add_argument("--edits", type=int, metavar="N", help="N edits of scenes of the training split")
+    p.add_argument(
+        "--misdirected", type=int, metavar="N", help="N edits against those of a wrong object"
+    )
     p.add_argument("--answers", type=int, default=8, help="answers drawn for each prompt")
     p.add_argument("--pairs", type=int, default=1, metavar="N", help="pairs a prompt, at most")
     p.add_argument("--hindsight", action="store_true", help="pairs of true and asked prompts too")

@@ -11,13 +11,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from unimm.data.codes import encoder
 from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     TASKS,
@@ -31,6 +33,7 @@ from unimm.data.scenes import (
     is_held_out,
     look,
     mend,
+    misdirected,
     nearest,
     parse,
     plain,
@@ -258,6 +261,34 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
             if right(scene) and not shows_held_out(scene):
                 pair = {"prompt": row["prompt"], "chosen": [assistant({"codes": [*drawn]})]}
                 yield {**pair, "rejected": answer, "id": row["id"]}
+
+
+def misdirected_pairs(model: UniMM, count: int, world: str, seed: int = 0) -> Iterator[Row]:
+    """Edits of scenes of the train split, of two objects or more, rendered: preferred to the same
+    done to another object, or to both. Nothing is drawn, so these cost next to nothing."""
+    encode = encoder(model.processor)
+    edits = (_misdirected(world, np.random.default_rng((seed, 33, k))) for k in count_from(0))
+    found, made = filter(None, edits), 0
+    while made < count:
+        part = list(islice(found, 64))
+        befores, instructions, afters, wrong = zip(*part, strict=True)
+        old, new, other = (
+            encode(np.stack([render(scene, world) for scene in scenes])).tolist()
+            for scenes in (befores, afters, wrong)
+        )
+        for k, words in enumerate(instructions):
+            if new[k] != other[k] and made < count:
+                prompt = [user(words, {"codes": old[k], "view": BOTH})]
+                a, b = ([assistant({"codes": codes[k]})] for codes in (new, other))
+                yield {"prompt": prompt, "chosen": a, "rejected": b, "id": f"other-{seed}-{made}"}
+                made += 1
+
+
+def _misdirected(world: str, rng: np.random.Generator) -> tuple[Scene, str, Scene, Scene] | None:
+    """An edit, and the scene after the same was done to another object."""
+    before, words, after = sample_edit(world, rng)
+    wrong = misdirected(before, after, rng)
+    return None if wrong is None else (before, words, after, wrong)
 
 
 def right_answers(model: UniMM, rows: list[Row], path: Path, each: int = 3) -> int:

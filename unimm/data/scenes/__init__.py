@@ -6,7 +6,7 @@ All but the checker needs numpy and Pillow only; the checker loads torch when it
 from typing import TYPE_CHECKING, Any
 
 from .drawing import render
-from .edits import EDITS, edit_holds, edit_kind, edits
+from .edits import EDITS, edit_holds, edit_kind, edits, misdirected
 from .hindsight import nearest, plain
 from .language import describe, express, prompt, task_prompt
 from .meaning import Spec, complete, parse, satisfies
@@ -78,6 +78,7 @@ __all__ = [
     "look",
     "main_relation",
     "mend",
+    "misdirected",
     "nearest",
     "normalize_answer",
     "open_questions",

@@ -90,6 +90,33 @@ def edit_holds(before: Scene, found: Scene, after: Scene) -> bool:
     return True
 
 
+def misdirected(before: Scene, after: Scene, rng: np.random.Generator) -> Scene | None:
+    """The scene with the same done to another object instead, or (two in five) to both of them.
+
+    Nothing in it is held out. None where there is no such scene, as of a new object or background.
+    """
+    gone = [k for k, o in enumerate(before.objects) if o not in after.objects]
+    if len(gone) != 1:
+        return None
+    removed = len(after.objects) < len(before.objects)
+    old, new = before.objects[gone[0]], None if removed else after.objects[gone[0]]
+    names = [n for n in ("shape", "color", "size") if new and getattr(new, n) != getattr(old, n)]
+    others = [k for k in range(len(before.objects)) if k != gone[0]]
+    both = bool(rng.random() < 0.4)
+    for other in rng.permutation(others).tolist():
+        objects: list[Object] = []
+        for k, o in enumerate(before.objects):
+            if k == other or (both and k == gone[0]):
+                objects += [replace(o, **{n: getattr(new, n) for n in names})] if new else []
+            else:
+                objects.append(o)
+        scene = replace(before, objects=tuple(objects))
+        known = scene in (before, after) or not objects or is_held_out(scene)
+        if not known and not edit_holds(before, scene, after):
+            return scene
+    return None
+
+
 def _edit(
     world: World, scene: Scene, rng: np.random.Generator, kind: str
 ) -> tuple[str, Scene] | None:
