@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -84,6 +85,22 @@ def streamed(run):
     return Stream(run.seed, shards, talk, lambda row: False, block=2)
 
 
+def without_rounding():
+    """torch's Muon with its iteration in the gradient's own precision: in bfloat16 it makes of a
+    last bit, which two processes add up otherwise, several per cent of a step."""
+
+    def orthogonal(grad, coefficients, steps, eps):
+        a, b, c = coefficients
+        x = grad if len(grad) <= grad.shape[1] else grad.T
+        x = x / x.norm().clamp(min=eps)
+        for _ in range(steps):
+            square = x @ x.T
+            x = a * x + (b * square + c * square @ square) @ x
+        return x if len(grad) <= grad.shape[1] else x.T
+
+    return mock.patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonal)
+
+
 def runs_of_two(root: Path):
     """What two processes do: in DDP, sharded, sharded with all else that changes no loss, and
     half of a run each way."""
@@ -96,7 +113,8 @@ def runs_of_two(root: Path):
     stopped(stage3(root, "ddp-then-one"))
     train(stage3(root, "one-then-sharded", shard=True))
     train(stage3(root, "one-then-ddp"))
-    train(stage3(root, "muon-sharded", shard=True, optimizer="muon", batch_size=24))
+    with without_rounding():
+        train(stage3(root, "muon-sharded", shard=True, optimizer="muon", batch_size=24))
     rows = {"rows": Source(streamed)}
     train(stage3(root, "streamed", data=rows, steps=5))
     stopped(stage3(root, "streamed-again", data=rows, steps=5, save_every=3), step=3)
@@ -112,7 +130,8 @@ def done(tmp_path_factory):
         store = PictureStore.build(root / name, "scenes-mini", 24, edited=edited)
         store.add_codes(encoder(load_model(root / "model")[1]))
     train(stage3(root, "one"))
-    train(stage3(root, "muon", optimizer="muon", batch_size=24))
+    with without_rounding():
+        train(stage3(root, "muon", optimizer="muon", batch_size=24))
     train(stage3(root, "lora-one", lora=4))
     train(stage3(root, "half-one", precision="bf16"))
     for name in ("one-then-sharded", "one-then-ddp"):
@@ -178,7 +197,6 @@ def test_each_rank_has_random_numbers_of_its_own(done):
 
 
 def test_muon_works_on_shards(done):
-    """Its iteration is in bfloat16, so weights are not equal, but steps must be."""
     start = load_file(done / "model" / "model.safetensors")
     one, two = (load_file(done / n / "model.safetensors") for n in ("muon", "muon-sharded"))
     for key in start:
@@ -187,7 +205,7 @@ def test_muon_works_on_shards(done):
                 float((one[key] - two[key]).norm()),
                 float((one[key] - start[key]).norm()),
             )
-            assert apart < 0.05 * moved, key
+            assert 0 < moved and apart < 0.001 * moved, (key, apart / moved)
 
 
 def test_each_rank_goes_on_with_its_own_part_of_a_stream(done):
