@@ -414,5 +414,6 @@ def test_misdirected_pairs_show_another_object_changed(tiny_unimm, tmp_path):
     words = ["preferences", str(tmp_path / "p.jsonl"), "--model", str(tmp_path / "tiny")]
     assert main([*words, "--misdirected", "5", "--seed", "4"]) == 0
     assert made.read_lines(tmp_path / "p.jsonl") == pairs[:5]
-    for wrong_words in (["--misdirected", "0"], ["--misdirected", "5", "--judge", "checker"], []):
-        assert main([*words, *wrong_words]) == 2
+    for more in (["0"], ["5", "--judge", "checker"], ["5", "--mended"]):
+        assert main([*words, "--misdirected", *more]) == 2
+    assert main(words) == 2

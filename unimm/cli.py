@@ -151,7 +151,8 @@ def preferences(args: argparse.Namespace) -> None:
     if args.pairs < 1:
         raise ValueError("--pairs must be 1 or more")
     if args.misdirected is not None:
-        if args.judge or given or args.misdirected < 1:
+        others = (args.judge, given, args.hindsight, args.mended, args.right)
+        if any(others) or args.misdirected < 1:
             raise ValueError("--misdirected N, of 1 or more, is for itself: nothing is judged")
         model = load(args)
         world = model.sampling.get("world", "scenes")

@@ -111,9 +111,9 @@ def misdirected(before: Scene, after: Scene, rng: np.random.Generator) -> Scene 
             else:
                 objects.append(o)
         scene = replace(before, objects=tuple(objects))
-        known = scene in (before, after) or not objects or is_held_out(scene)
-        if not known and not edit_holds(before, scene, after):
-            return scene
+        if objects and scene != before and not is_held_out(scene):
+            if not edit_holds(before, scene, after):
+                return scene
     return None
 
 
