@@ -8,6 +8,8 @@ information training (Bahl et al., ICASSP 1986): -log sigmoid(log p(x | true) - 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ import torch.nn.functional as F
 from unimm.config import Run
 from unimm.data.packing import collate_packed
 from unimm.data.processor import Processor, Sample
-from unimm.model.unified import CODE, KINDS, Batch
+from unimm.model.unified import KINDS, Batch
+from unimm.training.changes import ChangeHeads, edited, stress_changes
 from unimm.training.next_token import drop_prompt, open_init, unified_parts
-from unimm.training.trainer import Parts
+from unimm.training.trainer import Parts, rate_of
 
 
 @dataclass
@@ -38,13 +41,16 @@ class ContrastBatch:
     """Packed rows of samples, each followed by its rival, if it has one.
 
     true (N,): whether a sample is no rival, bool. rivals (M,): which samples are; of (M,): which
-    sample each is the rival of, int64.
+    sample each is the rival of, int64. shown (E, 2): row and slot of each code of a picture that an
+    edit shows, rivals left out; changed (E,): whether the answer's code at its place is another.
     """
 
     rows: Batch
     true: torch.Tensor
     rivals: torch.Tensor
     of: torch.Tensor
+    shown: torch.Tensor
+    changed: torch.Tensor
 
     def to(self, device: torch.device | str) -> "ContrastBatch":
         return ContrastBatch(*(part.to(device) for part in vars(self).values()))
@@ -55,10 +61,14 @@ class ContrastBatch:
         return float(rows.score[self.true[sample] & (rows.kind == KINDS[kind])].sum())
 
 
-def contrast_step(model: Any, batch: ContrastBatch, total: float, run: Run) -> Iterator[tuple]:
-    """The next-token loss of the samples, plus `options.contrast` times the term of their rivals.
+def contrast_step(
+    model: Any, batch: ContrastBatch, total: float, run: Run, heads: ChangeHeads | None = None
+) -> Iterator[tuple]:
+    """The next-token loss of the samples, plus `options.contrast` times the term of their rivals,
+    plus `options.where` times that of the heads, if there are any.
 
-    Logs with the nats the share of rivals that are told apart ("told_apart").
+    Logs with the nats the share of rivals that are told apart ("told_apart"), and the heads' nats
+    a code ("where_nats").
     """
     output = model(batch.rows, run.kind_weights, total)
     nats = {kind: each[batch.true].sum() for kind, each in output.row_nats.items()}
@@ -69,6 +79,10 @@ def contrast_step(model: Any, batch: ContrastBatch, total: float, run: Run) -> I
         loss = loss + run.options["contrast"] * F.softplus(-margin).sum()
         metrics["told_apart"] = (float((margin > 0).sum()), float(len(margin)))
         metrics["rival_nats"] = (float(F.softplus(-margin).detach().sum()), float(len(margin)))
+    if heads is not None:
+        nats_where = heads(batch.shown, batch.changed)
+        loss = loss + run.options["where"] * nats_where
+        metrics["where_nats"] = (float(nats_where.detach()), len(batch.changed))
     yield "main", loss / max(total, 1e-8), metrics
 
 
@@ -81,9 +95,15 @@ def setup_contrast(run: Run) -> Parts:
     """A unified model from `run.init`; an item may have "false_messages" beside its "messages".
 
     options: those of `setup_unified`; `contrast`, the weight of the term; `changes` (1 if nothing
-    is said), see `stress_changes`.
+    is said), see `stress_changes`; `where`, the weight of `ChangeHeads` (0: none), which learn at
+    the rate of the name "change_heads" and are not saved.
     """
     model, processor, sampling = open_init(run)
+    heads = None
+    if run.options.get("where"):
+        if run.lora or isinstance(run.train, dict) or rate_of("change_heads", run.train) is None:
+            raise ValueError("where needs a rate for change_heads in one list, and no lora")
+        heads = model.change_heads = ChangeHeads(model.decoder)
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Contrast:
         whole = processor.encode(item["messages"])
@@ -92,36 +112,36 @@ def setup_contrast(run: Run) -> Parts:
         both = [sample, processor.encode(false)] if false else [sample]
         return Contrast(*(stress_changes(s, run.options.get("changes", 1.0)) for s in both))
 
+    parts = unified_parts(run, model, processor, sampling)
+
+    def save(folder: Path) -> None:
+        if heads is not None:
+            del model.change_heads
+        assert parts.save is not None
+        parts.save(folder)
+
     return replace(
-        unified_parts(run, model, processor, sampling),
+        parts,
+        save=save,
+        step=partial(contrast_step, heads=heads) if heads is not None else parts.step,
         prepare=prepare,
         collate=lambda items: collate_contrasts(processor, [[item] for item in items]),
         pack=lambda rows: collate_contrasts(processor, rows),
     )
 
 
-def stress_changes(sample: Sample, weight: float) -> Sample:
-    """The sample, with `weight` for each drawn code that is not the shown picture's at its place.
-
-    The shown picture is the last codes before that are not scored, as in an edit; of a few codes
-    that change and many that stay the few would else be learned last.
-    """
-    codes, drawn = sample.kind == CODE, sample.score > 0
-    shown, made = np.flatnonzero(codes & ~drawn), np.flatnonzero(codes & drawn)
-    if weight == 1 or not len(made) or len(shown) < len(made) or shown[-1] > made[0]:
-        return sample
-    changed = made[sample.ids[made] != sample.ids[shown[-len(made) :]]]
-    score = sample.score.copy()
-    score[changed] *= weight
-    return replace(sample, score=score)
-
-
 def collate_contrasts(processor: Processor, rows: Sequence[Sequence[Contrast]]) -> ContrastBatch:
     """One batch of packed rows."""
-    packed, true, rivals, of = [], [], [], []
-    for row in rows:
+    packed, true, rivals, of, shown, changed = [], [], [], [], [], []
+    for r, row in enumerate(rows):
         packed.append([s for item in row for s in (item.sample, item.rival) if s is not None])
+        start = 0
         for item in row:
+            if both := edited(item.sample):
+                old, new = both
+                shown += [(r, start + slot) for slot in old.tolist()]
+                changed += (item.sample.ids[old] != item.sample.ids[new]).tolist()
+            start += len(item)
             true.append(True)
             if item.rival is not None:
                 of.append(len(true) - 1)
@@ -132,4 +152,6 @@ def collate_contrasts(processor: Processor, rows: Sequence[Sequence[Contrast]]) 
         torch.tensor(true),
         torch.tensor(rivals, dtype=torch.int64),
         torch.tensor(of, dtype=torch.int64),
+        torch.tensor(shown, dtype=torch.int64).view(-1, 2),
+        torch.tensor(changed, dtype=torch.bool),
     )
