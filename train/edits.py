@@ -7,9 +7,10 @@ unimm train train/edits.py data.own.options.path=own.jsonl out=runs/edits_push
 
 More than half of all slots are edits, in which a code that changes counts three times one that
 stays, and inner layers are asked at each code of the shown picture whether it will change: so the
-object that is named gets found. The rest is a little of everything, so that nothing is forgotten. own.jsonl are prompts with
-pictures that the model itself has drawn for them, rightly: rendered ones in their place undo what
-preferences have taught. An hour on two cores without AMX. What was seen: train/README.md.
+object that is named gets found. The rest is a little of everything, so that nothing is forgotten.
+own.jsonl are prompts with pictures that the model itself has drawn for them, rightly: rendered ones
+in their place undo what preferences have taught. An hour on two cores without AMX. What was seen:
+train/README.md.
 """
 
 import dataclasses
