@@ -169,6 +169,30 @@ def test_heads_are_asked_about_the_shown_codes_of_edits_and_of_no_rival(tiny):
     assert batch.changed.tolist() == [*(old != new)] * 3
 
 
+def test_a_copied_answer_goes_in_as_the_shown_picture(tiny):
+    model, processor = tiny
+    old, new, edit = an_edit(processor)
+    other = Contrast(processor.encode(talk("a star", new)))
+    batch = collate_contrasts(processor, [[other, Contrast(edit, copied=True)], [Contrast(edit)]])
+    rows, start = batch.rows, len(other)
+    drawn = np.flatnonzero((edit.kind == CODE) & (edit.score > 0))
+    assert rows.inputs[0, start + drawn].tolist() == old.tolist()
+    assert rows.ids[0, start + drawn].tolist() == new.tolist()  # what is predicted
+    rest = torch.ones_like(rows.ids, dtype=torch.bool)
+    rest[0, start + drawn] = False
+    assert torch.equal(rows.inputs[rest], rows.ids[rest])
+    with torch.no_grad():
+        _, copied, plain = model(rows).row_nats["code"].tolist()
+        unchanged = dataclasses.replace(edit, ids=edit.ids.copy())
+        unchanged.ids[drawn] = old
+        row = processor.collate([unchanged])
+        hidden = model.decoder(model.embed(row), row.positions)[0, drawn - 1]
+        wanted = F.cross_entropy(model.logits(hidden, CODE), torch.tensor(new), reduction="sum")
+    assert copied == pytest.approx(float(wanted), rel=1e-5) != pytest.approx(plain, rel=1e-3)
+    plain = collate_contrasts(processor, [[other, Contrast(edit)]])
+    assert plain.rows.inputs is None
+
+
 def test_heads_teach_the_layers_up_to_them_where_an_edit_will_be():
     torch.manual_seed(0)
     model, processor = tiny_model()
@@ -442,3 +466,8 @@ def test_a_hidden_prompt_has_no_rival(tmp_path):
     made = parts.prepare({"messages": edit, "false_messages": other}, np.random.default_rng(0))
     for sample in (made.sample, made.rival):  # the same weights, or margins would be of them
         assert sample.score.max() == 3 and (sample.score == 3).sum() == 1
+    parts = setup_contrast(dataclasses.replace(run, drop_prompt=0.0, options={"copied": 0.5}))
+    edit, star = {"messages": edit, "false_messages": other}, {"messages": item["messages"]}
+    made = [parts.prepare(edit, np.random.default_rng(k)) for k in range(40)]
+    assert 8 < sum(m.copied for m in made) < 32 and all(m.copied == (not m.rival) for m in made)
+    assert not any(parts.prepare(star, np.random.default_rng(k)).copied for k in range(40))

@@ -27,10 +27,14 @@ from unimm.training.trainer import Parts, rate_of
 
 @dataclass
 class Contrast:
-    """A sample, and the same answer to a prompt that is false of it, if there is one."""
+    """A sample, and the same answer to a prompt that is false of it, if there is one.
+
+    copied: whether the answer of an edit goes in as the shown picture, as if nothing had changed.
+    """
 
     sample: Sample
     rival: Sample | None = None
+    copied: bool = False
 
     def __len__(self) -> int:
         return len(self.sample) + (len(self.rival) if self.rival is not None else 0)
@@ -96,7 +100,8 @@ def setup_contrast(run: Run) -> Parts:
 
     options: those of `setup_unified`; `contrast`, the weight of the term; `changes` (1 if nothing
     is said), see `stress_changes`; `where`, the weight of `ChangeHeads` (0: none), which learn at
-    the rate of the name "change_heads" and are not saved.
+    the rate of the name "change_heads" and are not saved; `copied`, the share of edits whose answer
+    goes in as the shown picture, so that each code that changes has to know it by itself.
     """
     model, processor, sampling = open_init(run)
     heads = None
@@ -108,9 +113,12 @@ def setup_contrast(run: Run) -> Parts:
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Contrast:
         whole = processor.encode(item["messages"])
         sample = drop_prompt(whole, processor, run.drop_prompt, rng)
+        share, weight = run.options.get("copied", 0.0), run.options.get("changes", 1.0)
+        if share and edited(sample) and rng.random() < share:
+            return Contrast(stress_changes(sample, weight), copied=True)
         false = item.get("false_messages") if sample is whole else None
-        both = [sample, processor.encode(false)] if false else [sample]
-        return Contrast(*(stress_changes(s, run.options.get("changes", 1.0)) for s in both))
+        rival = stress_changes(processor.encode(false), weight) if false else None
+        return Contrast(stress_changes(sample, weight), rival)
 
     parts = unified_parts(run, model, processor, sampling)
 
@@ -132,7 +140,7 @@ def setup_contrast(run: Run) -> Parts:
 
 def collate_contrasts(processor: Processor, rows: Sequence[Sequence[Contrast]]) -> ContrastBatch:
     """One batch of packed rows."""
-    packed, true, rivals, of, shown, changed = [], [], [], [], [], []
+    packed, true, rivals, of, shown, changed, copied = [], [], [], [], [], [], []
     for r, row in enumerate(rows):
         packed.append([s for item in row for s in (item.sample, item.rival) if s is not None])
         start = 0
@@ -141,14 +149,24 @@ def collate_contrasts(processor: Processor, rows: Sequence[Sequence[Contrast]]) 
                 old, new = both
                 shown += [(r, start + slot) for slot in old.tolist()]
                 changed += (item.sample.ids[old] != item.sample.ids[new]).tolist()
+                copied += (
+                    [(r, start + k, start + n) for k, n in zip(*both, strict=True)]
+                    if item.copied
+                    else []
+                )
             start += len(item)
             true.append(True)
             if item.rival is not None:
                 of.append(len(true) - 1)
                 rivals.append(len(true))
                 true.append(False)
+    batch = collate_packed(packed, processor)
+    if copied:
+        row, to_copy, into = torch.tensor(copied).T
+        batch.inputs = batch.ids.clone()
+        batch.inputs[row, into] = batch.ids[row, to_copy]
     return ContrastBatch(
-        collate_packed(packed, processor),
+        batch,
         torch.tensor(true),
         torch.tensor(rivals, dtype=torch.int64),
         torch.tensor(of, dtype=torch.int64),
