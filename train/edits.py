@@ -6,11 +6,9 @@ unimm preferences pairs.jsonl --judge checker --scenes 5000 --answers 4 --guidan
 unimm train train/edits.py data.own.options.path=own.jsonl out=runs/edits_push
 
 More than half of all slots are edits, in which a code that changes counts three times one that
-stays, and inner layers are asked at each code of the shown picture whether it will change: so the
-object that is named gets found. The rest is a little of everything, so that nothing is forgotten.
-own.jsonl are prompts with pictures that the model itself has drawn for them, rightly: rendered ones
-in their place undo what preferences have taught. An hour on two cores without AMX. What was seen:
-train/README.md.
+stays; the rest is a little of everything, so that nothing is forgotten. own.jsonl are prompts with
+pictures that the model itself has drawn for them, rightly: rendered ones in their place undo what
+preferences have taught. An hour on two cores without AMX. What was seen: train/README.md.
 """
 
 import dataclasses
@@ -53,5 +51,5 @@ config = dataclasses.replace(
     steps=440,
     batch_size=96,
     warmup=10,
-    options={**longer.options, "changes": 3.0, "where": 3.0},
+    options={**longer.options, "changes": 3.0},
 )
