@@ -3,7 +3,8 @@
 Which object an instruction means is a few bits, and of all codes of an answer the first that
 changes alone has to know them: the others see that it did. At each code of the shown picture,
 whether it will change can be asked at once, and of inner layers, so that what follows could read
-it; what came of that: train/README.md. Losses on inner layers: Lee et al., Deeply-supervised nets, arXiv 1409.5185.
+it; what came of that: train/README.md. Losses on inner layers: Lee et al., Deeply-supervised nets,
+arXiv 1409.5185.
 """
 
 from dataclasses import replace
