@@ -34,13 +34,13 @@ from unimm.data.sources import (
     scenes_unknown,
 )
 from unimm.model.unified import CODE
-from unimm.training.changes import ChangeHeads, stress_changes
 from unimm.training.contrast import (
     Contrast,
     collate_contrasts,
     contrast_step,
     contrast_weight,
     setup_contrast,
+    stress_changes,
 )
 from unimm.training.next_token import next_token, scored_weight
 
@@ -126,16 +126,12 @@ def test_packed_rows_have_the_loss_of_single_ones(tiny):
     assert two[1] == {name: pytest.approx(pair, rel=1e-5) for name, pair in one[1].items()}
 
 
-def an_edit(processor, words="make it blue"):
+def test_what_an_edit_changes_counts_more(tiny):
+    _, processor = tiny
     old = np.arange(processor.codes_per_image)
     new = np.where(old % 5 == 1, old + 1, old)
     shown = {"codes": old, "view": ["codes"]}
-    return old, new, processor.encode([user(words, shown), assistant({"codes": new})])
-
-
-def test_what_an_edit_changes_counts_more(tiny):
-    _, processor = tiny
-    old, new, edit = an_edit(processor)
+    edit = processor.encode([user("make it blue", shown), assistant({"codes": new})])
     stressed = stress_changes(edit, 3.0)
     drawn = (edit.kind == CODE) & (edit.score > 0)
     assert np.array_equal(stressed.score[drawn], np.where(old != new, 3.0, 1.0))
@@ -144,108 +140,6 @@ def test_what_an_edit_changes_counts_more(tiny):
     plain = processor.encode(talk("a star", new))
     chat = processor.encode([*talk("a star", old), *talk("make it blue", new)])
     assert stress_changes(plain, 3.0) is plain and stress_changes(chat, 3.0) is chat
-
-
-def test_heads_are_asked_about_the_shown_codes_of_edits_and_of_no_rival(tiny):
-    _, processor = tiny
-    old, new, edit = an_edit(processor)
-    plain, longer = (
-        processor.encode(talk("a star", new)),
-        an_edit(processor, "make it very blue")[2],
-    )
-    rows = [[Contrast(plain), Contrast(edit, longer), Contrast(longer)], [Contrast(plain)]]
-    batch = collate_contrasts(processor, [*rows, [Contrast(edit)]])
-    count = len(old)
-    assert (
-        len(batch.shown) == 3 * count
-        and batch.shown[:, 0].tolist() == [0] * 2 * count + [2] * count
-    )
-    assert batch.rows.ids[tuple(batch.shown.T)].tolist() == [*old] * 3
-    assert (batch.rows.kind[tuple(batch.shown.T)] == CODE).all()
-    assert (batch.rows.score[tuple(batch.shown.T)] == 0).all()
-    sample, _ = batch.rows.samples()
-    which = sample[tuple(batch.shown.T)].unique_consecutive()
-    assert which.tolist() == [1, 3, 5]  # not 2, the rival
-    assert batch.changed.tolist() == [*(old != new)] * 3
-
-
-def test_a_copied_answer_goes_in_as_the_shown_picture(tiny):
-    model, processor = tiny
-    old, new, edit = an_edit(processor)
-    other = Contrast(processor.encode(talk("a star", new)))
-    batch = collate_contrasts(processor, [[other, Contrast(edit, copied=True)], [Contrast(edit)]])
-    rows, start = batch.rows, len(other)
-    drawn = np.flatnonzero((edit.kind == CODE) & (edit.score > 0))
-    assert rows.inputs[0, start + drawn].tolist() == old.tolist()
-    assert rows.ids[0, start + drawn].tolist() == new.tolist()  # what is predicted
-    rest = torch.ones_like(rows.ids, dtype=torch.bool)
-    rest[0, start + drawn] = False
-    assert torch.equal(rows.inputs[rest], rows.ids[rest])
-    with torch.no_grad():
-        _, copied, plain = model(rows).row_nats["code"].tolist()
-        unchanged = dataclasses.replace(edit, ids=edit.ids.copy())
-        unchanged.ids[drawn] = old
-        row = processor.collate([unchanged])
-        hidden = model.decoder(model.embed(row), row.positions)[0, drawn - 1]
-        wanted = F.cross_entropy(model.logits(hidden, CODE), torch.tensor(new), reduction="sum")
-    assert copied == pytest.approx(float(wanted), rel=1e-5) != pytest.approx(plain, rel=1e-3)
-    plain = collate_contrasts(processor, [[other, Contrast(edit)]])
-    assert plain.rows.inputs is None
-
-
-def test_heads_teach_the_layers_up_to_them_where_an_edit_will_be():
-    torch.manual_seed(0)
-    model, processor = tiny_model()
-    heads = ChangeHeads(model.decoder)
-    assert len(heads.heads) == 1 and len(model.decoder.layers) == 2
-    rng = np.random.default_rng(0)
-
-    def made():  # of the codes the word tells which will change: those below 8, or the others
-        low = bool(rng.integers(2))
-        old = rng.integers(0, 16, processor.codes_per_image)
-        new = np.where((old < 8) == low, 20, old)
-        shown = {"codes": old, "view": ["codes"]}
-        words = "red" if low else "blue"
-        return Contrast(processor.encode([user(words, shown), assistant({"codes": new})]))
-
-    run = dataclasses.replace(
-        RUN, kind_weights={"text": 0.0, "code": 0.0}, options={"contrast": 0.0, "where": 1.0}
-    )
-    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=3e-3)
-    nats = []
-    for _ in range(60):
-        batch = collate_contrasts(processor, [[made()] for _ in range(16)])
-        ((_, loss, metrics),) = contrast_step(model, batch, 16.0, run, heads)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total, count = metrics["where_nats"]
-        assert float(loss.detach()) == pytest.approx(total / 16.0, rel=1e-5)
-        nats.append(total / count)
-    assert nats[0] > 0.6 and np.mean(nats[-5:]) < 0.4, nats  # without the word: 0.69
-    first, last = (layer.mlp.down_proj.weight.grad for layer in model.decoder.layers)
-    assert first.any() and not last.any()
-
-
-def test_heads_are_not_saved_and_need_a_rate(tmp_path):
-    from unimm.checkpoints.native import load_model, save_model
-
-    model, processor = tiny_model()
-    save_model(tmp_path / "m", model, processor, {})
-    run = dataclasses.replace(
-        RUN, init=str(tmp_path / "m"), options={"contrast": 1.0, "where": 2.0}
-    )
-    parts = setup_contrast(run)
-    assert any(name.startswith("change_heads") for name, _ in parts.model.named_parameters())
-    old, new, edit = an_edit(processor)
-    ((_, _, metrics),) = parts.step(parts.model, parts.pack([[Contrast(edit)]]), 1.0, run)
-    likelier = (old != new).sum() + F.softplus(torch.tensor(-1.0)) * len(old)  # at first: 27 %
-    assert metrics["where_nats"] == (pytest.approx(float(likelier), rel=1e-5), len(old))
-    parts.save(tmp_path / "out")
-    assert load_model(tmp_path / "out")[0].state_dict().keys() == model.state_dict().keys()
-    for wrong in ({"train": ((r"decoder.*", 1e-3),)}, {"lora": 4}):
-        with pytest.raises(ValueError, match="where needs a rate for change_heads"):
-            setup_contrast(dataclasses.replace(run, **wrong))
 
 
 def test_training_learns_to_tell_prompts_apart():
@@ -466,8 +360,3 @@ def test_a_hidden_prompt_has_no_rival(tmp_path):
     made = parts.prepare({"messages": edit, "false_messages": other}, np.random.default_rng(0))
     for sample in (made.sample, made.rival):  # the same weights, or margins would be of them
         assert sample.score.max() == 3 and (sample.score == 3).sum() == 1
-    parts = setup_contrast(dataclasses.replace(run, drop_prompt=0.0, options={"copied": 0.5}))
-    edit, star = {"messages": edit, "false_messages": other}, {"messages": item["messages"]}
-    made = [parts.prepare(edit, np.random.default_rng(k)) for k in range(40)]
-    assert 8 < sum(m.copied for m in made) < 32 and all(m.copied == (not m.rival) for m in made)
-    assert not any(parts.prepare(star, np.random.default_rng(k)).copied for k in range(40))

@@ -73,7 +73,6 @@ class Batch:
     ids: a text id, or a code, or 0 at a patch. kind: TEXT, PATCH or CODE. positions: for rope.
     score: float, how much the prediction *of* this slot counts (0: not scored).
     segment: which sample of a packed row a slot belongs to, -1 for padding; None: one sample a row.
-    inputs: the ids that go in, where these are others than those that are predicted; None: `ids`.
     """
 
     ids: Tensor
@@ -82,7 +81,6 @@ class Batch:
     score: Tensor
     images: list[SeenImage] = field(default_factory=list)
     segment: Tensor | None = None
-    inputs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         moved: dict[str, Any] = {
@@ -180,7 +178,7 @@ class UnifiedModel(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """(B, T, D): each slot by the way its kind enters. Only this function knows how."""
-        x = self.embed_ids(batch.ids if batch.inputs is None else batch.inputs, batch.kind)
+        x = self.embed_ids(batch.ids, batch.kind)
         if batch.images:
             x = self._place(x, batch.images)
         elif self.training and self.connector is not None:
