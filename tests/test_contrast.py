@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,7 @@ from unimm.data.scenes import (
     describe,
     edit_kind,
     is_held_out,
+    located,
     main_relation,
     parse,
     sample_scene,
@@ -30,6 +32,7 @@ from unimm.data.sources import (
     falsified,
     scenes_captions,
     scenes_edits,
+    scenes_located,
     scenes_pictures,
     scenes_unknown,
 )
@@ -282,6 +285,49 @@ def test_edits_of_a_kind_come_as_often_as_is_said(store):
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weights of 0 or more"):
             made(kinds={"recolor": weight})
+
+
+def test_instructions_that_say_where_come_as_often_as_is_said(store):
+    pictures = PictureStore(store / "edits")
+    count = len(pictures.instructions)
+    true = [located(pictures.scene(2 * k), pictures.scene(2 * k + 1)) for k in range(count)]
+    for share in (0.0, 0.4, 1.0):
+        source = scenes_edits(RUN, store / "edits", located_share=share, world="scenes-mini")
+        right = []
+        for i in range(200):
+            (words, before), (after,) = (m["content"] for m in source[i]["messages"])
+            k = [
+                k
+                for k in range(count)
+                if (pictures.pictures[2 * k] == before["image"]).all()
+                and (pictures.pictures[2 * k + 1] == after["image"]).all()
+            ][0]
+            assert words["text"] in (pictures.instructions[k], true[k])
+            right.append(words["text"] == true[k])
+        same = np.mean([a == b for a, b in zip(pictures.instructions, true, strict=True)])
+        assert np.mean(right) == pytest.approx(share + (1 - share) * same, abs=0.12)
+
+
+def test_what_is_to_be_located_is_about_the_picture_that_is_shown(store):
+    pictures = PictureStore(store / "pictures")
+    source = scenes_located(RUN, store / "pictures", most=3, world="scenes-mini")
+    turns = Counter()
+    for i in range(40):
+        talk = source[i]["messages"]
+        image, _ = talk[0]["content"]
+        scene = scene_of(pictures, image["image"])
+        assert "codes" not in image
+        turns[len(talk) // 2] += 1
+        for asked, answer in zip(talk[::2], talk[1::2], strict=True):
+            words, said = asked["content"][-1]["text"], answer["content"][0]["text"]
+            assert words.startswith("where: ") and not said.startswith("where")
+            if "background" in words:
+                assert said.split()[-1] in words
+                continue
+            size, color, shape = re.search(r"(\w+) (\w+) (\w+) \(", said).groups()
+            here = [o for o in scene.objects if (o.size, o.color, o.shape) == (size, color, shape)]
+            assert here or said.startswith("add a"), (words, said)
+    assert set(turns) == {1, 2, 3}
 
 
 def test_captions_of_three_objects_and_more(tmp_path):

@@ -382,6 +382,42 @@ def test_edits_have_their_own_temperature(tiny_unimm):
     assert (a == b).all()
 
 
+def test_a_model_that_locates_edits_draws_by_its_own_words(tiny_unimm, monkeypatch):
+    picture = render(scene_of("a red circle", MINI), MINI)
+    asked, drawn = [], []
+
+    def ask_all(pairs):
+        asked.extend(pairs)
+        return ["make the red circle (3,4) blue", ""][: len(pairs)]
+
+    def draw(talks, settings, seed):
+        drawn.extend(
+            part["text"] for talk in talks for part in talk[0]["content"] if "text" in part
+        )
+        return talks
+
+    monkeypatch.setattr(tiny_unimm, "ask_all", ask_all)
+    monkeypatch.setattr(tiny_unimm, "_draw", draw)
+    tiny_unimm.sampling = {}
+    tiny_unimm.edit(picture, " make  it blue")
+    assert (drawn, asked) == (["make it blue"], [])
+    tiny_unimm.sampling = {"edit_located": True}
+    tiny_unimm.edit(picture, " make  it blue")
+    assert drawn[1:] == ["make the red circle (3,4) blue"]
+    assert asked == [(picture, "where: make it blue")]
+    said = tiny_unimm.located([(picture, "make it red"), (picture, "remove it")])
+    assert said == ["make the red circle (3,4) blue", "remove it"]  # no words: as it was
+    with pytest.raises(ValueError, match="the instruction is empty"):
+        tiny_unimm.edit(picture, " ")
+
+
+def test_pairs_of_edits_are_located_for_a_model_that_locates(tiny_unimm):
+    tiny_unimm.sampling = {"edit_located": True}
+    for row in made.scenes_edits(tiny_unimm, 6, "scenes-mini", seed=3):
+        before, after = (made.from_array(np.array(s)) for s in row["scenes"])
+        assert row["prompt"][0]["content"][0]["text"] == made.located(before, after)
+
+
 def test_preferences_are_looked_at_before_training(tmp_path, capsys):
     save_model(tmp_path / "model", *tiny_model())
     path = tmp_path / "p.jsonl"

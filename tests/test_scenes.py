@@ -503,6 +503,43 @@ def test_edits_change_exactly_one_thing(world):
     assert set(changes) == {"background", "color", "shape", "size", "remove", "add"}
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_located_instructions_say_what_is_meant_and_where(world):
+    """From the words and the scene before alone, the scene after is made again."""
+    rng, kinds = np.random.default_rng(15), Counter()
+    thing = r"(small|large) (\w+) (\w+)"
+    for before, _, _ in sample(world, 400, seed=15, split="train"):
+        after = S.edits(world, before, rng)[1]
+        said, kind = S.located(before, after), S.edit_kind(before, after)
+        kinds[kind] += 1
+        if kind == "background":
+            assert said == f"make the background {after.background}"
+            continue
+        verb, *named = re.match(rf"(make|remove|add) (?:the|a) {thing} \(", said).groups()
+        column, row = (int(n) for n in re.search(r"\((\d),(\d)\)", said).groups())
+        scene = after if verb == "add" else before
+        (o,) = [
+            o
+            for o in scene.objects
+            if [o.size, o.color, o.shape] == named
+            and column - 1 <= o.x * 8 <= column
+            and row - 1 <= o.y * 8 <= row
+        ]
+        left = [p for p in scene.objects if p != o]
+        if verb == "make":
+            new = re.search(rf"\) a {thing}$", said).groups()
+            place = before.objects.index(o)
+            left.insert(
+                place, replace(o, **dict(zip(("size", "color", "shape"), new, strict=True)))
+            )
+            assert tuple(left) == after.objects
+        else:
+            assert (
+                said.endswith(")") and tuple(left) == (before if verb == "add" else after).objects
+            )
+    assert set(kinds) == {*S.EDITS}
+
+
 def test_edits_into_what_is_held_out():
     rng = np.random.default_rng(13)
     for scene, _, _ in sample("scenes", 30, seed=13, split="train", task="two_object"):

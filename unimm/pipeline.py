@@ -11,7 +11,7 @@ from PIL import Image
 from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
-from unimm.data.processor import Message, Processor, to_picture, user
+from unimm.data.processor import WHERE, Message, Processor, to_picture, user
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement
@@ -151,7 +151,22 @@ class UniMM:
     ) -> Image.Image:
         """The picture with the change made."""
         settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_")
-        return self._draw([edit_messages(image, instruction)], settings, seed)[0]
+        said = self.located([(image, instruction)])[0]
+        return self._draw([edit_messages(image, said)], settings, seed)[0]
+
+    def located(self, pairs: Sequence[tuple[Any, str]]) -> list[str]:
+        """Of (picture, instruction) pairs, the instructions as `edit` draws by them.
+
+        A model that has learned to ("edit_located" in its `sampling`; `scenes_located`) first says
+        what is meant, where it is and what becomes of it: "make the small red circle (5,3) a large
+        red circle". What is named is then found in words, one at a time, and no code has to find it
+        while it draws. Other models draw by the instruction as it is.
+        """
+        words = [checked_text(said, "instruction") for _, said in pairs]
+        if not self.sampling.get("edit_located"):
+            return words
+        asked = [(image, WHERE + said) for (image, _), said in zip(pairs, words, strict=True)]
+        return [new or old for new, old in zip(self.ask_all(asked), words, strict=True)]
 
     def chat(
         self,

@@ -18,6 +18,7 @@ from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import CODE, PATCH, TEXT, Batch, SeenImage
 
 PICTURES = (str, Path, Image.Image, np.ndarray)  # what an image may be given as
+WHERE = "where: "  # before an instruction of which the model is to say what is meant, and where
 Message = dict[str, Any]
 Pieces = tuple[int | str, ...]  # ids, and text to tokenize
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from unimm.checkpoints.native import BUNDLED, load_model
 from unimm.data.codes import encoder
-from unimm.data.processor import Message, assistant, user
+from unimm.data.processor import WHERE, Message, assistant, user
 from unimm.data.scenes import (
     EDITS,
     WORLDS,
@@ -30,6 +30,7 @@ from unimm.data.scenes import (
     express,
     from_array,
     is_held_out,
+    located,
     main_relation,
     open_questions,
     parse,
@@ -413,6 +414,7 @@ def scenes_edits(
     store: str,
     rivals: float = 0.0,
     kinds: dict[str, float] | None = None,
+    located_share: float = 0.0,
     world: str = "scenes",
 ) -> Made:
     """Instruction and picture -> the changed picture.
@@ -421,7 +423,8 @@ def scenes_edits(
     each code of the answer is at one distance from its own in the picture. `rivals`: the share that
     also has "false_messages", the same pictures with the instruction most like the true one of some
     that would not have changed the one into the other. `kinds`: how often an edit of each kind
-    (`EDITS`) comes, times its share of the store; 1 where nothing is said.
+    (`EDITS`) comes, times its share of the store; 1 where nothing is said. `located_share`: of how
+    many the instruction is the one that `scenes_located` teaches.
     """
     pictures = coded_store(run, store)
     count = len(pictures.instructions)
@@ -442,6 +445,8 @@ def scenes_edits(
             k = int(np.searchsorted(up_to, rng.random() * up_to[-1], side="right"))
         before, after = {**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1)
         words = pictures.instructions[k]
+        if rng.random() < located_share:
+            words = located(pictures.scene(2 * k), pictures.scene(2 * k + 1))
         talk = _talk(user(words, before), assistant(after))
         if rng.random() < rivals:
             old, new = pictures.scene(2 * k), pictures.scene(2 * k + 1)
@@ -453,6 +458,20 @@ def scenes_edits(
         return talk
 
     return Made(make, (run.seed, 5))
+
+
+def scenes_located(run: Any, store: str, most: int = 4, world: str = "scenes") -> Made:
+    """A picture, and one to `most` instructions to be said precisely (`scenes.located`)."""
+    pictures = PictureStore(store)
+
+    def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
+        k = pictures.pick(rng, i)
+        scene = pictures.scene(k)
+        made = [edits(WORLDS[world], scene, rng) for _ in range(rng.integers(1, most + 1))]
+        turns = [(WHERE + words, located(scene, after)) for words, after in made]
+        return _about(pictures.image(k, codes=False), turns)
+
+    return Made(make, (run.seed, 11))
 
 
 def scenes_chats(run: Any, store: str) -> Made:

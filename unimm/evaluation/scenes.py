@@ -261,7 +261,9 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     for k in range(max(1, protocol.n // 6)):
         rng = np.random.default_rng((seed, 55, k, _split_key(split)))
         jobs.append(sample_edit(protocol.world, rng, split))
-    talks = [edit_messages(render(before, world), words) for before, words, _ in jobs]
+    pictures = [render(before, world) for before, _, _ in jobs]
+    said = model.located([(p, words) for p, (_, words, _) in zip(pictures, jobs, strict=True)])
+    talks = [edit_messages(*shown) for shown in zip(pictures, said, strict=True)]
     settings = Settings(protocol.edit_guidance, protocol.edit_temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
     for k, ((before, _, after), picture) in enumerate(zip(jobs, pixels, strict=True)):

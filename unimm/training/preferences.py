@@ -31,6 +31,7 @@ from unimm.data.scenes import (
     from_array,
     get_world,
     is_held_out,
+    located,
     look,
     mend,
     misdirected,
@@ -94,13 +95,15 @@ def scenes_prompts(count: int, world: str, seed: int = 0) -> list[str]:
 def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Row]:
     """`count` instructions to edit scenes of the train split, as rows for `sample_candidates`.
 
-    The prompt shows the picture as its codes. The first of the answers to come is not the model's
-    ("given" is 1) but the rendered one, from which what is drawn differs by little but mistakes.
+    The prompt shows the picture as its codes, and is located where `UniMM.edit` draws by such ones.
+    The first of the answers to come is not the model's ("given" is 1) but the rendered one, from
+    which what is drawn differs by little but mistakes.
     "scenes" are those before and after, as `to_array` has them, for the judge.
     """
     rows = []
     for k in range(count):
         before, words, after = sample_edit(world, np.random.default_rng((seed, 32, k)))
+        words = located(before, after) if model.sampling.get("edit_located") else words
         old, new = (model.processor.codes(render(s, world)).tolist() for s in (before, after))
         row: Row = {"prompt": [user(words, {"codes": old, "view": BOTH})]}
         row |= {"answers": [[assistant({"codes": new})]], "given": 1}

@@ -6,7 +6,7 @@ All but the checker needs numpy and Pillow only; the checker loads torch when it
 from typing import TYPE_CHECKING, Any
 
 from .drawing import render
-from .edits import EDITS, edit_holds, edit_kind, edits, misdirected
+from .edits import EDITS, edit_holds, edit_kind, edits, located, misdirected
 from .hindsight import nearest, plain
 from .language import describe, express, prompt, task_prompt
 from .meaning import Spec, complete, parse, satisfies
@@ -75,6 +75,7 @@ __all__ = [
     "held_out_triple",
     "implied_questions",
     "is_held_out",
+    "located",
     "look",
     "main_relation",
     "mend",

@@ -36,6 +36,7 @@ _SAYINGS = {
     ),
 }
 _TRIES = 500
+PLACES = 8  # columns, and rows, by which `located` says where an object is
 _NEAR = 0.08  # how far an object may be from its place, in picture widths
 
 
@@ -68,6 +69,32 @@ def edit_kind(before: Scene, after: Scene) -> str:
             if getattr(old, name) != getattr(new, name):
                 return kind
     raise ValueError("the scenes are equal")
+
+
+def located(before: Scene, after: Scene) -> str:
+    """The instruction that makes the one scene of the other, with all that there is to say:
+    "make the small red circle (5,3) a large red circle".
+
+    The numbers are column and row of the object's centre, each 1 to 8, from the left and the top.
+    """
+    kind = edit_kind(before, after)
+    if kind == "background":
+        return f"make the background {after.background}"
+    old = next((o for o in before.objects if o not in after.objects), None)
+    new = next((o for o in after.objects if o not in before.objects), None)
+    if old is None:
+        assert new is not None
+        return f"add {_placed(new, True)}"
+    return f"remove the {_placed(old)}" if new is None else f"make the {_placed(old)} {_name(new)}"
+
+
+def _name(o: Object, article: bool = True) -> str:
+    return phrase((1, o.size, o.color, o.shape), article=article)
+
+
+def _placed(o: Object, article: bool = False) -> str:
+    column, row = (min(int(at * PLACES), PLACES - 1) + 1 for at in (o.x, o.y))
+    return f"{_name(o, article)} ({column},{row})"
 
 
 def edit_holds(before: Scene, found: Scene, after: Scene) -> bool:
