@@ -38,6 +38,9 @@ STAGES = {
     "edits.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
+    "locate.py": {
+        "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
+    },
     "relations.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
@@ -95,6 +98,16 @@ def test_a_stage_moves_what_it_says(recipe, world, tmp_path):
 
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_only_the_push_of_edits_has_them_located(world, tmp_path):
+    """locate.py has the words alone; what edits.py makes draws by them."""
+    for recipe in ("locate.py", "edits.py"):
+        config = load_recipe(ROOT / "train" / recipe).config
+        assert config.data["located"].make is sources.scenes_located
+        out = train(placed(recipe, world, out=str(tmp_path / recipe), steps=1))
+        model = UniMM.from_pretrained(out)
+        assert bool(model.sampling.get("edit_located")) == (recipe == "edits.py")
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,10 @@ def setup_contrast(run: Run) -> Parts:
     """A unified model from `run.init`; an item may have "false_messages" beside its "messages".
 
     options: those of `setup_unified`; `contrast`, the weight of the term; `changes` (1 if nothing
-    is said), see `stress_changes`.
+    is said), see `stress_changes`; `sampling`, defaults that are saved with the model.
     """
     model, processor, sampling = open_init(run)
+    sampling = {**sampling, **run.options.get("sampling", {})}
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Contrast:
         whole = processor.encode(item["messages"])
