@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 
 from unimm.config import Run, Source
+from unimm.data.places import around
 from unimm.data.processor import assistant, user
 from unimm.data.scenes import (
     UNKNOWN_ANSWER,
@@ -28,6 +29,7 @@ from unimm.data.scenes import (
 )
 from unimm.data.scenes.language import raster
 from unimm.data.sources import (
+    OFF,
     PictureStore,
     falsified,
     scenes_captions,
@@ -288,24 +290,38 @@ def test_edits_of_a_kind_come_as_often_as_is_said(store):
 
 
 def test_instructions_that_say_where_come_as_often_as_is_said(store):
+    """With them what is around the place is drawn, from the picture after, and the rest is kept."""
     pictures = PictureStore(store / "edits")
-    count = len(pictures.instructions)
-    true = [located(pictures.scene(2 * k), pictures.scene(2 * k + 1)) for k in range(count)]
+    count, offs = len(pictures.instructions), Counter()
+    both = [(pictures.scene(2 * k), pictures.scene(2 * k + 1)) for k in range(count)]
+    true = [[located(*pair, off) for off in sorted({*OFF})] for pair in both]
     for share in (0.0, 0.4, 1.0):
         source = scenes_edits(RUN, store / "edits", located_share=share, world="scenes-mini")
         right = []
         for i in range(200):
             (words, before), (after,) = (m["content"] for m in source[i]["messages"])
-            k = [
+            text = words["text"]
+            k = next(
                 k
                 for k in range(count)
                 if (pictures.pictures[2 * k] == before["image"]).all()
-                and (pictures.pictures[2 * k + 1] == after["image"]).all()
-            ][0]
-            assert words["text"] in (pictures.instructions[k], true[k])
-            right.append(words["text"] == true[k])
-        same = np.mean([a == b for a, b in zip(pictures.instructions, true, strict=True)])
+                and text in (pictures.instructions[k], *true[k])
+            )
+            right.append(text in true[k])
+            redrawn = around(text, (4, 4))
+            old, new = pictures.codes[2 * k], pictures.codes[2 * k + 1]
+            assert (before["codes"] == old).all()
+            if redrawn is None:
+                assert "redrawn" not in before and (after["codes"] == new).all()
+            else:
+                assert (before["redrawn"] == redrawn).all() and 0 < redrawn.sum() < 16
+                assert (after["redrawn"] == redrawn).all()
+                assert (after["codes"][redrawn] == new[redrawn]).all()
+                assert (after["codes"][~redrawn] == old[~redrawn]).all()
+                offs[text == located(*both[k])] += 1
+        same = np.mean([a in b for a, b in zip(pictures.instructions, true, strict=True)])
         assert np.mean(right) == pytest.approx(share + (1 - share) * same, abs=0.12)
+    assert 0.4 < offs[True] / offs.total() < 0.75  # half of them, and those at an edge
 
 
 def test_what_is_to_be_located_is_about_the_picture_that_is_shown(store):
@@ -324,9 +340,12 @@ def test_what_is_to_be_located_is_about_the_picture_that_is_shown(store):
             if "background" in words:
                 assert said.split()[-1] in words
                 continue
+            if said.startswith("add"):
+                assert set(said.split()) - {"add"} <= set(words.split())
+                continue
             size, color, shape = re.search(r"(\w+) (\w+) (\w+) \(", said).groups()
             here = [o for o in scene.objects if (o.size, o.color, o.shape) == (size, color, shape)]
-            assert here or said.startswith("add a"), (words, said)
+            assert here and shape in words
     assert set(turns) == {1, 2, 3}
 
 

@@ -1,9 +1,13 @@
 """The generation loop against independent loops without a cache, and against itself in batches."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 
+from unimm.data.places import around
 from unimm.data.processor import assistant, user
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings, choose, guide, gumbel, keep_likely
@@ -53,6 +57,35 @@ def test_batched_cached_codes_equal_the_definition(tiny, temperature):
         assert batch[k].codes == single
         assert len(single) == 16
     assert batch[0].codes != batch[1].codes
+
+
+def test_codes_that_are_kept_are_context_for_those_that_are_drawn(picture):
+    """Kept ones stand in the answer, the others are what the definition draws after them; so in a
+    batch with whole pictures, in windows, and where a GPU would take steps of fixed shape."""
+    model, processor = tiny_model(max_positions=256)
+    settings = Settings(guidance=2.0, temperature=1.0)
+    redrawn = around("(2,7)", processor.grid)
+    part = {"image": picture, "view": ["patches", "codes"], "redrawn": redrawn}
+    sample = processor.encode([user("x", part)], "image")
+    kept, given = sample.kept, processor.codes(picture)
+    request = Request(sample, "image", 5)
+    whole = image_request(processor, PROMPTS[0], 3)
+    codes = Engine(model, processor).run([request], settings)[0].codes
+    assert (np.array(codes)[~redrawn] == given[~redrawn]).all()
+    assert (np.array(codes)[redrawn] != given[redrawn]).any()
+    free = dataclasses.replace(sample, kept=None)
+    for at in np.flatnonzero(redrawn):  # one code after the true ones before it
+        forced = np.where(np.arange(16) < at, codes, -1)
+        forced[at + 1 :] = 0
+        again = Request(dataclasses.replace(free, kept=forced), "image", 5)
+        assert Engine(model, processor).run([again], settings)[0].codes[at] == codes[at]
+    plain = Engine(model, processor).run([whole], settings)[0].codes
+    for window, static in ((1, None), (4, None), (1, True)):
+        engine = Engine(model, processor, window)
+        engine.static = static
+        both = engine.run([whole, request], settings)
+        assert [answer.codes for answer in both] == [plain, codes], (window, static)
+    assert (kept >= 0).sum() == 16 - redrawn.sum()
 
 
 def test_guidance_and_seed_matter(tiny):

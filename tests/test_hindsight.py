@@ -12,6 +12,7 @@ from conftest import tiny_model
 from unimm.checkpoints.native import save_model
 from unimm.cli import main
 from unimm.config import Source, load_recipe
+from unimm.data.places import around
 from unimm.data.processor import assistant, user
 from unimm.data.scenes import (
     TASKS,
@@ -404,9 +405,14 @@ def test_a_model_that_locates_edits_draws_by_its_own_words(tiny_unimm, monkeypat
     tiny_unimm.sampling = {"edit_located": True}
     tiny_unimm.edit(picture, " make  it blue")
     assert drawn[1:] == ["make the red circle (3,4) blue"]
-    assert asked == [(picture, "where: make it blue")]
-    said = tiny_unimm.located([(picture, "make it red"), (picture, "remove it")])
-    assert said == ["make the red circle (3,4) blue", "remove it"]  # no words: as it was
+    assert [said for _, said in asked] == ["where: make it blue"]
+    assert (np.asarray(asked[0][0]) == picture).all()
+    first, second = tiny_unimm.edits([(picture, "make it red"), (picture, "remove it")])
+    said, shown = first[0]["content"]
+    assert said["text"] == "make the red circle (3,4) blue"
+    assert (shown["redrawn"] == around(said["text"], (4, 4))).all()
+    said, shown = second[0]["content"]
+    assert said["text"] == "remove it" and "redrawn" not in shown  # no words: as it was
     with pytest.raises(ValueError, match="the instruction is empty"):
         tiny_unimm.edit(picture, " ")
 
@@ -415,7 +421,10 @@ def test_pairs_of_edits_are_located_for_a_model_that_locates(tiny_unimm):
     tiny_unimm.sampling = {"edit_located": True}
     for row in made.scenes_edits(tiny_unimm, 6, "scenes-mini", seed=3):
         before, after = (made.from_array(np.array(s)) for s in row["scenes"])
-        assert row["prompt"][0]["content"][0]["text"] == made.located(before, after)
+        said, shown = row["prompt"][0]["content"]
+        assert said["text"] == made.located(before, after)
+        redrawn = around(said["text"], (4, 4))
+        assert shown.get("redrawn") == (None if redrawn is None else redrawn.tolist())
 
 
 def test_preferences_are_looked_at_before_training(tmp_path, capsys):

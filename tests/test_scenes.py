@@ -515,28 +515,29 @@ def test_located_instructions_say_what_is_meant_and_where(world):
         if kind == "background":
             assert said == f"make the background {after.background}"
             continue
-        verb, *named = re.match(rf"(make|remove|add) (?:the|a) {thing} \(", said).groups()
+        verb, *named = re.match(rf"(make|remove|add) (?:the|a) {thing}\b", said).groups()
+        if verb == "add":
+            assert named == [getattr(after.objects[-1], n) for n in ("size", "color", "shape")]
+            assert len(said.split()) == 5
+            continue
         column, row = (int(n) for n in re.search(r"\((\d),(\d)\)", said).groups())
-        scene = after if verb == "add" else before
         (o,) = [
             o
-            for o in scene.objects
+            for o in before.objects
             if [o.size, o.color, o.shape] == named
             and column - 1 <= o.x * 8 <= column
             and row - 1 <= o.y * 8 <= row
         ]
-        left = [p for p in scene.objects if p != o]
+        off = S.located(before, after, (1, -1))
+        assert off == said.replace(f"({column},{row})", f"({min(column + 1, 8)},{max(row - 1, 1)})")
+        left = [p for p in before.objects if p != o]
         if verb == "make":
             new = re.search(rf"\) a {thing}$", said).groups()
-            place = before.objects.index(o)
-            left.insert(
-                place, replace(o, **dict(zip(("size", "color", "shape"), new, strict=True)))
-            )
-            assert tuple(left) == after.objects
+            made = replace(o, **dict(zip(("size", "color", "shape"), new, strict=True)))
+            left.insert(before.objects.index(o), made)
         else:
-            assert (
-                said.endswith(")") and tuple(left) == (before if verb == "add" else after).objects
-            )
+            assert said.endswith(")")
+        assert tuple(left) == after.objects
     assert set(kinds) == {*S.EDITS}
 
 

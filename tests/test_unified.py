@@ -1,10 +1,12 @@
 """The unified model and the processor: slots, scores, losses, the unguided prompt."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 
+from unimm.data.places import around, place
 from unimm.data.processor import assistant, user
 from unimm.model.unified import CODE, PATCH, TEXT, Batch, UnifiedConfig, UnifiedModel
 
@@ -94,6 +96,43 @@ def test_the_unguided_prompt_hides_words_and_nothing_else(picture):
     assert changed.sum() == len(processor.words("make it red"))
     assert (u.ids[changed] == processor.template.pad).all()
     assert len(u) == len(s) and u.images == s.images and (u.kind == s.kind).all()
+
+
+def test_what_is_redrawn_is_hidden_where_it_is_shown_and_alone_scored(picture):
+    _, processor = tiny_model()
+    pad, codes = processor.template.pad, processor.codes(picture)
+    redrawn = around("the dot (8,1)", processor.grid)
+    assert 0 < redrawn.sum() < 16
+    part = {"image": picture, "view": ["patches", "codes"]}
+    plain, asked = [user("a", part)], [user("a", {**part, "redrawn": redrawn.tolist()})]
+    answer = assistant({"codes": codes[::-1].copy(), "redrawn": redrawn})
+    whole, hidden = processor.encode([*plain, answer]), processor.encode([*asked, answer])
+    other = whole.ids != hidden.ids
+    assert other.sum() == redrawn.sum() and (whole.kind[other] == CODE).all()
+    assert (hidden.ids[other] == pad).all() and (hidden.kind[other] == TEXT).all()
+    shown = list(whole.ids).index(processor.template.end_image) + 2
+    assert (np.flatnonzero(other) - shown == np.flatnonzero(redrawn)).all()
+    drawn = (hidden.kind == CODE) & (hidden.score > 0)
+    assert (hidden.ids[drawn] == codes[::-1][redrawn]).all()
+    assert hidden.score.sum() == redrawn.sum() + 3 and hidden.score.max() == 1  # and three words
+    begun = processor.encode(asked, "image")
+    assert (begun.kept == np.where(redrawn, -1, codes)).all()
+    assert (processor.unguided(begun).kept == begun.kept).all()
+    for talk, ending in ((plain, "image"), (asked, "text"), ([*asked, user("b")], None)):
+        assert processor.encode(talk, ending).kept is None
+    with pytest.raises(ValueError, match="redrawn says of each of 16 codes"):
+        processor.encode([user({**part, "redrawn": [True]})], "image")
+
+
+@pytest.mark.parametrize(("grid", "count"), [((8, 8), 25), ((4, 4), 4), ((24, 24), 225)])
+def test_around_a_place(grid, count):
+    assert place(0.6, 0.3) == "(5,3)" and place(-0.1, 1.0) == "(1,8)"
+    assert around("the red circle", grid) is None
+    near = around(f"remove it {place(0.5, 0.49)} now", grid).reshape(grid)
+    assert near.sum() == count
+    corner = around("(8,1)", grid).reshape(grid)
+    assert corner[0, -1] and not corner[-1, -1] and not corner[0, 0]
+    assert (around("(1,8)", grid).reshape(grid) == corner.T).all()
 
 
 def test_every_parameter_has_a_gradient_in_a_batch_of_one_kind(tiny, picture):

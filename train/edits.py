@@ -35,10 +35,10 @@ WEIGHTS = {
 }
 # Grounds are easily changed and often so; a shape that becomes another is the hardest.
 KINDS = {
-    "background": 0.2,
+    "background": 0.3,
     "recolor": 1.2,
     "resize": 1.2,
-    "remove": 1.5,
+    "remove": 1.2,
     "reshape": 1.5,
     "add": 2.0,
 }
@@ -53,7 +53,7 @@ sources = {
 def options(name: str) -> dict:
     """Those of `longer.py` without rivals, which would double what a sample costs."""
     plain = {k: v for k, v in sources[name].options.items() if k != "rivals"}
-    return {**plain, "kinds": KINDS, "located_share": 0.85} if name == "edits" else plain
+    return {**plain, "kinds": KINDS, "located_share": 0.9} if name == "edits" else plain
 
 
 data = {

@@ -11,7 +11,8 @@ from PIL import Image
 from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
-from unimm.data.processor import WHERE, Message, Processor, to_picture, user
+from unimm.data.places import WHERE, around
+from unimm.data.processor import Message, Processor, to_picture, user
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement
@@ -151,22 +152,25 @@ class UniMM:
     ) -> Image.Image:
         """The picture with the change made."""
         settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_")
-        said = self.located([(image, instruction)])[0]
-        return self._draw([edit_messages(image, said)], settings, seed)[0]
+        return self._draw(self.edits([(image, instruction)]), settings, seed)[0]
 
-    def located(self, pairs: Sequence[tuple[Any, str]]) -> list[str]:
-        """Of (picture, instruction) pairs, the instructions as `edit` draws by them.
+    def edits(self, pairs: Sequence[tuple[Any, str]]) -> list[list[Message]]:
+        """The conversations that `edit` continues, of (picture, instruction) pairs.
 
         A model that has learned to ("edit_located" in its `sampling`; `scenes_located`) first says
         what is meant, where it is and what becomes of it: "make the small red circle (5,3) a large
-        red circle". What is named is then found in words, one at a time, and no code has to find it
-        while it draws. Other models draw by the instruction as it is.
+        red circle". So what is named is found in words, and no code has to find it while it draws.
+        What is around that place is then drawn anew, and the codes of all the rest are kept.
+        Other models draw everything, by the instruction as it is.
         """
+        images = [open_image(image) for image, _ in pairs]
         words = [checked_text(said, "instruction") for _, said in pairs]
         if not self.sampling.get("edit_located"):
-            return words
-        asked = [(image, WHERE + said) for (image, _), said in zip(pairs, words, strict=True)]
-        return [new or old for new, old in zip(self.ask_all(asked), words, strict=True)]
+            return [edit_messages(*pair) for pair in zip(images, words, strict=True)]
+        answers = self.ask_all([(i, WHERE + said) for i, said in zip(images, words, strict=True)])
+        said = [new or old for new, old in zip(answers, words, strict=True)]
+        grid = self.processor.grid
+        return [edit_messages(i, w, around(w, grid)) for i, w in zip(images, said, strict=True)]
 
     def chat(
         self,
@@ -267,12 +271,14 @@ class UniMM:
         return {"role": "assistant", "content": parts}
 
 
-def edit_messages(image: Any, instruction: str) -> list[Message]:
-    """The conversation that `edit` continues: the instruction, then the picture, shown both ways.
+def edit_messages(image: Any, instruction: str, redrawn: Any = None) -> list[Message]:
+    """The conversation of an edit: the instruction, then the picture, shown both ways.
 
     So a code of the answer is as far from the picture's own at its place, whatever is said.
+    `redrawn`: which codes of the picture are drawn anew, bool (codes,); None: all.
     """
     picture = {"image": open_image(image), "view": ["patches", "codes"]}
+    picture |= {} if redrawn is None else {"redrawn": redrawn}
     return [user(checked_text(instruction, "instruction"), picture)]
 
 

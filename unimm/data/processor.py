@@ -1,11 +1,13 @@
 """Messages become slots here: the template, the image transforms and the unguided prompt.
 
 An image in a user turn is seen (patches), one in an assistant turn is drawn (codes); `"view"` on
-the image says otherwise. Training and inference both come through `Processor.encode`.
+the image says otherwise. Of an image with `"redrawn"`, which of its codes, those alone are drawn:
+where it is shown they are hidden, and an answer to it keeps the others. Training and inference
+both come through `Processor.encode`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import CODE, PATCH, TEXT, Batch, SeenImage
 
 PICTURES = (str, Path, Image.Image, np.ndarray)  # what an image may be given as
-WHERE = "where: "  # before an instruction of which the model is to say what is meant, and where
 Message = dict[str, Any]
 Pieces = tuple[int | str, ...]  # ids, and text to tokenize
 
@@ -63,7 +64,8 @@ class Sample:
     """One conversation as slots; arrays of length T.
 
     `user_text` marks the slots that the unguided prompt replaces by pad. `images` are the seen
-    pictures with the slots that their patches fill.
+    pictures with the slots that their patches fill. `kept`: of the picture to be drawn, the codes
+    that are given, int64 (codes,), and -1 where it is drawn.
     """
 
     ids: np.ndarray  # int64
@@ -72,6 +74,7 @@ class Sample:
     user_text: np.ndarray  # bool
     images: list[SeenImage] = field(default_factory=list)
     draws: bool = False  # the last assistant turn holds, or begins, a drawn image
+    kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -201,8 +204,7 @@ class Processor:
         In a worded template all the prompt is the user's but its first and last slot and what
         belongs to images; padding is not masked (Janus).
         """
-        ids = np.where(sample.user_text, self.template.pad, sample.ids)
-        return Sample(ids, sample.kind, sample.score, sample.user_text, sample.images, sample.draws)
+        return replace(sample, ids=np.where(sample.user_text, self.template.pad, sample.ids))
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Right-padded rows; padding is never scored and, being on the right, never attended to."""
@@ -316,11 +318,20 @@ class Processor:
             if way == "codes":
                 codes = part.get("codes")
                 codes = self.codes(part["image"]) if codes is None else self.checked_codes(codes)
-                slots.codes(codes, scored)
+                slots.codes(codes, scored, self._redrawn(part, len(codes)), t.pad)
             else:
                 image = part["image"] if "image" in part else self._decoded(part["codes"])
                 slots.patches(self.seen_pixels(image), self.seen_tokens)
             slots.text([t.end_image], scored=scored and way == "codes")
+
+    def _redrawn(self, part: Message, count: int) -> np.ndarray | None:
+        """Which codes of a picture are drawn, bool (count,); None: it does not say."""
+        if part.get("redrawn") is None:
+            return None
+        redrawn = np.asarray(part["redrawn"], dtype=bool)
+        if redrawn.shape != (count,):
+            raise ValueError(f"redrawn says of each of {count} codes whether it is drawn")
+        return redrawn
 
     def checked_codes(self, codes: Sequence[int]) -> np.ndarray:
         """The codes of a picture, (gh * gw,) int64; ValueError for others than there are."""
@@ -349,12 +360,25 @@ class Slots:
         self.user: list[bool] = []
         self.images: list[SeenImage] = []
         self.draws = False
+        self.kept: np.ndarray | None = None
 
     def text(self, ids: Sequence[int], scored: bool = False, user: bool = False) -> None:
         self._add(ids, TEXT, scored, user)
 
-    def codes(self, codes: Any, scored: bool) -> None:
+    def codes(
+        self, codes: np.ndarray, scored: bool, redrawn: np.ndarray | None = None, pad: int = 0
+    ) -> None:
+        """Codes (K,), drawn (`scored`) or shown, of which only those `redrawn` are to be drawn."""
+        start = len(self.ids)
         self._add([int(code) for code in codes], CODE, scored)
+        if redrawn is None:
+            return
+        for k in range(len(codes)):
+            if scored:
+                self.score[start + k] = float(redrawn[k])
+            elif redrawn[k]:
+                self.ids[start + k], self.kind[start + k] = pad, TEXT
+        self.kept = None if scored else np.where(redrawn, -1, codes)
 
     def patches(self, pixels: torch.Tensor, count: int) -> None:
         self.images.append(SeenImage(pixels, 0, len(self.ids), count))
@@ -368,6 +392,7 @@ class Slots:
             np.array(self.user, dtype=bool),
             self.images,
             self.draws,
+            self.kept if self.draws else None,
         )
 
     def _add(self, ids: Sequence[int], kind: int, scored: bool = False, user: bool = False) -> None:

@@ -5,6 +5,7 @@ below is a function `make(run, store=..., ...)` whose result's `[i]` is a pure f
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 from unimm.checkpoints.native import BUNDLED, load_model
 from unimm.data.codes import encoder
-from unimm.data.processor import WHERE, Message, assistant, user
+from unimm.data.places import WHERE, around
+from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     EDITS,
     WORLDS,
@@ -52,6 +54,7 @@ ASK_CAPTION = (
     "caption this",
 )
 VALIDATION = 10**9  # sources give pictures that training never sees from this index on
+OFF = ((0, 0), (0, 0), (0, 0), (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # columns, rows
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
 EQUAL = 0.5  # of the codes of a store, at least: bfloat16 changes some, another tokenizer all
 EXCHANGES = ("places", "colors", "colors")  # ways to say something false of a scene, as often
@@ -424,7 +427,8 @@ def scenes_edits(
     also has "false_messages", the same pictures with the instruction most like the true one of some
     that would not have changed the one into the other. `kinds`: how often an edit of each kind
     (`EDITS`) comes, times its share of the store; 1 where nothing is said. `located_share`: of how
-    many the instruction is the one that `scenes_located` teaches.
+    many the instruction is the one that `scenes_located` teaches; what is not around its place is
+    then kept, and every other place is off by one, as a model may be.
     """
     pictures = coded_store(run, store)
     count = len(pictures.instructions)
@@ -438,6 +442,9 @@ def scenes_edits(
             raise ValueError(f"kinds are weights of 0 or more, and not all 0, not {kinds}")
         up_to = np.cumsum(chance)
 
+    side = math.isqrt(pictures.codes.shape[1])
+    grid = (side, side)
+
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         if up_to is None:
             k = int(rng.integers(count))
@@ -446,7 +453,13 @@ def scenes_edits(
         before, after = {**pictures.image(2 * k), "view": BOTH}, pictures.image(2 * k + 1)
         words = pictures.instructions[k]
         if rng.random() < located_share:
-            words = located(pictures.scene(2 * k), pictures.scene(2 * k + 1))
+            off = OFF[rng.integers(len(OFF))]
+            words = located(pictures.scene(2 * k), pictures.scene(2 * k + 1), off)
+            redrawn = around(words, grid)
+            if redrawn is not None:
+                codes = np.where(redrawn, after["codes"], before["codes"])
+                before |= {"redrawn": redrawn}
+                after = {"codes": codes, "redrawn": redrawn}
         talk = _talk(user(words, before), assistant(after))
         if rng.random() < rivals:
             old, new = pictures.scene(2 * k), pictures.scene(2 * k + 1)

@@ -143,6 +143,7 @@ class Engine:
             return False
         plain = not settings.top_k and settings.top_p == 1 and self.window == 1
         alone = not self.processor.gridded and not torch.is_autocast_enabled(device)
+        plain = plain and all(r.sample.kept is None for r in requests)
         return plain and alone and {r.mode for r in requests} == {"image"}
 
     @torch.inference_mode()
@@ -396,6 +397,10 @@ class _Pool:
         chosen = self.stepper.choose(
             own, other, s.guidance, seeds, places, s.temperature, s.top_k, s.top_p
         )
+        given = [job.request.sample.kept for job in jobs for _ in range(window)]
+        for k, (kept, at) in enumerate(zip(given, places, strict=True)):
+            if kept is not None and kept[at] >= 0:
+                chosen[k] = int(kept[at])
         return [chosen[k : k + window] for k in range(0, len(chosen), window)]
 
     def _words(self, names: list[int], hidden: dict[int, list[Tensor]], s: Settings) -> list[int]:

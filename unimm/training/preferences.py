@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unimm.data.codes import encoder
+from unimm.data.places import around
 from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     TASKS,
@@ -105,7 +106,10 @@ def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Ro
         before, words, after = sample_edit(world, np.random.default_rng((seed, 32, k)))
         words = located(before, after) if model.sampling.get("edit_located") else words
         old, new = (model.processor.codes(render(s, world)).tolist() for s in (before, after))
-        row: Row = {"prompt": [user(words, {"codes": old, "view": BOTH})]}
+        shown: Message = {"codes": old, "view": BOTH}
+        if (redrawn := around(words, model.processor.grid)) is not None:
+            shown |= {"redrawn": redrawn.tolist()}
+        row: Row = {"prompt": [user(words, shown)]}
         row |= {"answers": [[assistant({"codes": new})]], "given": 1}
         rows.append({**row, "scenes": [to_array(s).tolist() for s in (before, after)]})
     return rows

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from unimm.data.places import PLACES, place
+
 from .language import phrase, pick
 from .references import refer
 from .sampling import fits, jitter
@@ -36,7 +38,6 @@ _SAYINGS = {
     ),
 }
 _TRIES = 500
-PLACES = 8  # columns, and rows, by which `located` says where an object is
 _NEAR = 0.08  # how far an object may be from its place, in picture widths
 
 
@@ -71,11 +72,12 @@ def edit_kind(before: Scene, after: Scene) -> str:
     raise ValueError("the scenes are equal")
 
 
-def located(before: Scene, after: Scene) -> str:
+def located(before: Scene, after: Scene, off: tuple[int, int] = (0, 0)) -> str:
     """The instruction that makes the one scene of the other, with all that there is to say:
     "make the small red circle (5,3) a large red circle".
 
-    The numbers are column and row of the object's centre, each 1 to 8, from the left and the top.
+    The numbers are the place (`unimm.data.places`) of the object's centre, or, to learn from
+    mistakes, one that is `off` by so many columns and rows. What is new has no place yet.
     """
     kind = edit_kind(before, after)
     if kind == "background":
@@ -84,17 +86,13 @@ def located(before: Scene, after: Scene) -> str:
     new = next((o for o in after.objects if o not in before.objects), None)
     if old is None:
         assert new is not None
-        return f"add {_placed(new, True)}"
-    return f"remove the {_placed(old)}" if new is None else f"make the {_placed(old)} {_name(new)}"
+        return f"add {_name(new)}"
+    it = f"{_name(old, article=False)} {place(old.x + off[0] / PLACES, old.y + off[1] / PLACES)}"
+    return f"remove the {it}" if new is None else f"make the {it} {_name(new)}"
 
 
 def _name(o: Object, article: bool = True) -> str:
     return phrase((1, o.size, o.color, o.shape), article=article)
-
-
-def _placed(o: Object, article: bool = False) -> str:
-    column, row = (min(int(at * PLACES), PLACES - 1) + 1 for at in (o.x, o.y))
-    return f"{_name(o, article)} ({column},{row})"
 
 
 def edit_holds(before: Scene, found: Scene, after: Scene) -> bool:

@@ -1,0 +1,31 @@
+"""Places in a picture, in words and in codes: how an edit says where something is.
+
+A place is "(column,row)", each 1 to 8, from the left and the top.
+"""
+
+import re
+
+import numpy as np
+
+PLACES = 8  # columns, and rows
+REACH = 2.5  # what is around a place, in columns or rows: half of the side of a square
+WHERE = "where: "  # before an instruction of which the model is to say what is meant, and where
+
+
+def place(x: float, y: float) -> str:
+    """Of a point in 0..1, y down: (0.6, 0.3) is in "(5,3)"."""
+    column, row = (min(max(int(at * PLACES), 0), PLACES - 1) + 1 for at in (x, y))
+    return f"({column},{row})"
+
+
+def around(words: str, grid: tuple[int, int]) -> np.ndarray | None:
+    """Which codes of a grid (rows, columns) are around the place in the words, bool (rows *
+    columns); None where no place is said."""
+    found = re.search(r"\((\d+),(\d+)\)", words)
+    if found is None:
+        return None
+    near = []
+    for at, count in zip((found[2], found[1]), grid, strict=True):
+        middles = (np.arange(count) + 0.5) / count
+        near.append(np.abs(middles - (int(at) - 0.5) / PLACES) * PLACES < REACH)
+    return np.outer(*near).reshape(-1)
