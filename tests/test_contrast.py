@@ -204,10 +204,11 @@ def test_what_two_have_in_common_is_said_of_one_alone():
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mini")
+    folder, rng = tmp_path_factory.mktemp("mini"), np.random.default_rng(0)
     for name, edited in (("pictures", False), ("edits", True)):
         PictureStore.build(folder / name, "scenes-mini", 240, edited=edited)
-        np.save(folder / name / "codes.npy", np.zeros((240, 16), dtype=np.uint16))
+        codes = rng.integers(32, size=(240, 16), dtype=np.uint16)
+        np.save(folder / name / "codes.npy", codes)
     return folder
 
 
