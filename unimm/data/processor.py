@@ -1,9 +1,9 @@
 """Messages become slots here: the template, the image transforms and the unguided prompt.
 
 An image in a user turn is seen (patches), one in an assistant turn is drawn (codes); `"view"` on
-the image says otherwise. Of an image with `"redrawn"`, which of its codes, those alone are drawn:
-where it is shown they are hidden, and an answer to it keeps the others. Training and inference
-both come through `Processor.encode`.
+the image says otherwise. Of a shown image with `"redrawn"`, which of its codes, the picture that
+answers keeps all others; of a drawn one those alone are learned. Training and inference both come
+through `Processor.encode`.
 """
 
 from collections.abc import Sequence
@@ -318,7 +318,7 @@ class Processor:
             if way == "codes":
                 codes = part.get("codes")
                 codes = self.codes(part["image"]) if codes is None else self.checked_codes(codes)
-                slots.codes(codes, scored, self._redrawn(part, len(codes)), t.pad)
+                slots.codes(codes, scored, self._redrawn(part, len(codes)))
             else:
                 image = part["image"] if "image" in part else self._decoded(part["codes"])
                 slots.patches(self.seen_pixels(image), self.seen_tokens)
@@ -365,20 +365,12 @@ class Slots:
     def text(self, ids: Sequence[int], scored: bool = False, user: bool = False) -> None:
         self._add(ids, TEXT, scored, user)
 
-    def codes(
-        self, codes: np.ndarray, scored: bool, redrawn: np.ndarray | None = None, pad: int = 0
-    ) -> None:
+    def codes(self, codes: np.ndarray, scored: bool, redrawn: np.ndarray | None = None) -> None:
         """Codes (K,), drawn (`scored`) or shown, of which only those `redrawn` are to be drawn."""
-        start = len(self.ids)
         self._add([int(code) for code in codes], CODE, scored)
-        if redrawn is None:
-            return
-        for k in range(len(codes)):
-            if scored:
-                self.score[start + k] = float(redrawn[k])
-            elif redrawn[k]:
-                self.ids[start + k], self.kind[start + k] = pad, TEXT
-        self.kept = None if scored else np.where(redrawn, -1, codes)
+        self.kept = None if scored or redrawn is None else np.where(redrawn, -1, codes)
+        if scored and redrawn is not None:
+            self.score[-len(codes) :] = redrawn.astype(float).tolist()
 
     def patches(self, pixels: torch.Tensor, count: int) -> None:
         self.images.append(SeenImage(pixels, 0, len(self.ids), count))
