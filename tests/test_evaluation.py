@@ -124,6 +124,13 @@ def test_a_real_model_runs_through_and_is_reproducible(tmp_path, capsys):
     assert first == second
     blind = bench.evaluate(model, n=6, blind=True)
     assert blind["protocol"]["blind"] and blind["protocol"]["counts"] == first["protocol"]["counts"]
+    model.sampling["edit_located"] = True
+    asked, ask_all = [], model.ask_all
+    model.ask_all = lambda pairs: asked.extend(said for _, said in pairs) or ask_all(pairs)
+    for hidden in (True, False):  # blind, nothing may say where something is
+        bench.evaluate(model, n=6, blind=hidden)
+        assert any(said.startswith("where: ") for said in asked) != hidden
+    model.sampling["edit_located"] = False
     model.save_pretrained(tmp_path / "m")
     words = ["eval", "scenes", "--n", "6", "--model", str(tmp_path / "m")]
     assert main([*words, "--json", str(tmp_path / "r.json")]) == 0

@@ -36,7 +36,7 @@ from unimm.data.sources import sample_edit
 from unimm.inference.engine import Request
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
-from unimm.pipeline import UniMM
+from unimm.pipeline import UniMM, edit_messages
 
 HEADS = {"generation": TASKS, "understanding": ("yes_no",), "edits": ("edit",)}
 SPLITS = {"held_out": ("pairs", "triples"), "seen": ("train",)}
@@ -261,7 +261,9 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     for k in range(max(1, protocol.n // 6)):
         rng = np.random.default_rng((seed, 55, k, _split_key(split)))
         jobs.append(sample_edit(protocol.world, rng, split))
-    talks = model.edits([(render(before, world), words) for before, words, _ in jobs])
+    asked = [(render(before, world), words) for before, words, _ in jobs]
+    # Blind, the words must not say where either.
+    talks = [edit_messages(*pair) for pair in asked] if protocol.blind else model.edits(asked)
     settings = Settings(protocol.edit_guidance, protocol.edit_temperature)
     pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
     for k, ((before, _, after), picture) in enumerate(zip(jobs, pixels, strict=True)):
