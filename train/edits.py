@@ -7,12 +7,12 @@ unimm train train/locate.py data.own.options.path=own.jsonl
 unimm train train/edits.py init=runs/locate data.own.options.path=own.jsonl
 
 An edit is drawn in two steps: "make the circle blue" becomes, in words, "make the small red circle
-(5,3) a small blue circle", and the picture is drawn by that (`UniMM.located`). locate.py brings the
-words, this the pictures: half of all samples are edits, in which a code that changes counts three
-times one that stays; the rest is a little of everything, so that nothing is forgotten. own.jsonl
-are prompts with pictures that the model itself has drawn for them, rightly: rendered ones in their
-place undo what preferences have taught. Half an hour each on two cores without AMX. What was seen:
-train/README.md.
+(5,3) a small blue circle", and what is around that place is drawn (`UniMM.edits`). locate.py brings
+the words, this the pictures: four in ten samples are edits, of which only the codes that are drawn
+are learned (where all are, one that changes counts three times); the rest is a little of
+everything, so that nothing is forgotten. own.jsonl are prompts with pictures that the model itself
+has drawn for them, rightly: rendered ones in their place undo what preferences have taught. Half an
+hour on two cores without AMX. What was seen: train/README.md.
 """
 
 import dataclasses

@@ -105,7 +105,8 @@ def stress_changes(sample: Sample, weight: float) -> Sample:
     """The sample, with `weight` for each drawn code that is not the shown picture's at its place.
 
     The shown picture is the last codes before that are not scored, as in an edit; of a few codes
-    that change and many that stay the few would else be learned last.
+    that change and many that stay the few would else be learned last. A picture drawn in part
+    ("redrawn") has its kept codes behind the first drawn one, and is left as it is.
     """
     codes, drawn = sample.kind == CODE, sample.score > 0
     shown, made = np.flatnonzero(codes & ~drawn), np.flatnonzero(codes & drawn)
