@@ -9,8 +9,9 @@ from conftest import tiny_model
 
 from unimm.data.places import around
 from unimm.data.processor import assistant, user
+from unimm.inference import sampling
 from unimm.inference.engine import Engine, Request
-from unimm.inference.sampling import Settings, choose, guide, gumbel, keep_likely
+from unimm.inference.sampling import Ahead, Settings, choose, guide, gumbel, keep_likely
 from unimm.model.unified import CODE, TEXT
 
 PROMPTS = ["a red circle", "a blue star above a green ring", "x"]
@@ -212,6 +213,22 @@ def test_gumbel_noise_is_gumbel_and_depends_on_everything():
         gumbel(torch.tensor([5]), torch.tensor([3]), 100, stream=1),
     ):
         assert abs(float(torch.corrcoef(torch.cat([one, other]))[0, 1])) < 0.4
+
+
+def test_noise_made_ahead_is_the_same(monkeypatch):
+    """One request, several at different places, a window, words and codes: never other noise."""
+    made, ahead = [], Ahead()
+    plain = gumbel
+    monkeypatch.setattr(sampling, "gumbel", lambda *a: made.append(a) or plain(*a))
+    asked = [([3], [k], 1024, 0) for k in range(20)]
+    asked += [([3, 7], [k, k + 9], 1024, 0) for k in range(12)]
+    asked += [([5, 5, 5], [4, 5, 6], 100, 0), ([5], [4], 100, 1), ([5], [4], 90, 1)]
+    asked += [([1], [0], 2 * sampling.AHEAD, 0), ([1], [1], 2 * sampling.AHEAD, 0)]
+    for seeds, places, size, stream in asked:
+        where = torch.tensor(seeds), torch.tensor(places)
+        expected = plain(*where, size, stream)
+        assert torch.equal(ahead(*where, size, stream), expected), (seeds, places, size, stream)
+    assert len(made) == 2 + 2 + 3 + 2  # 16 places of one, 8 of two; nothing ahead of many codes
 
 
 def test_choose_samples_the_distribution():

@@ -95,10 +95,21 @@ def test_hidden_states_of_the_kernel(dtype, small):
         assert (k - other).norm() / k.norm() < (1e-5 if dtype == torch.float32 else 0.03)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype, emulated",
+    [
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+        (torch.float64, True),
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hidden_states_of_fused_layers(dtype, shape):
-    """Rows of different lengths and a window, against the modules; the weights are there once."""
+def test_hidden_states_of_fused_layers(dtype, emulated, shape, monkeypatch):
+    """Rows of different lengths and a window, against the modules; the weights are there once.
+
+    With and without the CPU's own bfloat16 products."""
+    monkeypatch.setattr(fused, "emulated_bfloat16", lambda: emulated)
     model, _ = tiny_model(**shape)
     lively(model).to(dtype)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -125,9 +136,12 @@ def test_hidden_states_of_fused_layers(dtype, shape):
             assert same and part.weight.requires_grad
 
 
-def test_an_engine_without_kernel_fuses_and_the_model_goes_on_training(monkeypatch, tmp_path):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_an_engine_without_kernel_fuses_and_the_model_goes_on_training(
+    qk_norm, monkeypatch, tmp_path
+):
     monkeypatch.setattr(stepper, "make_kernel", lambda model: None)
-    model, processor = tiny_model()
+    model, processor = tiny_model(qk_norm=qk_norm)
     settings = Settings(2.0)
     expected = drawn(by_torch(model, processor), settings)
     engine = Engine(model, processor)
@@ -147,10 +161,10 @@ def test_an_engine_without_kernel_fuses_and_the_model_goes_on_training(monkeypat
     assert places == [p.data_ptr() for p in model.parameters()]
     for one, two in zip(engine._stepper.fused.layers, second._stepper.fused.layers, strict=True):
         assert one.qkv.data_ptr() == two.qkv.data_ptr() and one.qkv.shape == two.qkv.shape
-        assert torch.equal(two.gate_up, torch.cat([one.block.mlp.gate_proj.weight,
+        assert torch.equal(two.gate_up.t(), torch.cat([one.block.mlp.gate_proj.weight,
                                                    one.block.mlp.up_proj.weight]))  # fmt: skip
     with torch.inference_mode():
-        born = tiny_model()
+        born = tiny_model(qk_norm=qk_norm)
     assert drawn(Engine(*born), settings) == expected  # as its weights are not to be moved
     save_model(tmp_path, model, processor)
     again = load_model(tmp_path)

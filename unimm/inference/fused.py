@@ -5,6 +5,7 @@ twice: the parameters of the model become views of these.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from unimm.model.decoder import Decoder, KVCache, rotate
 
+SMALL, MANY, PIECE = 1 << 20, 4, 1 << 18  # numbers, rows, numbers: of what is widened, and how
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
 
@@ -21,12 +23,13 @@ GATE_UP = ("gate_proj", "up_proj")
 
 
 @dataclass
-class Layer:
-    qkv: Any  # ((H + 2 K) E, D)
+class Layer:  # weights are views, transposed: (in, out)
+    qkv: Any  # (D, (H + 2 K) E)
     qkv_bias: Tensor | None
-    heads: Tensor | None  # (H + K, E), the norms of query and key heads
-    gate_up: Any  # (2 hidden, D)
+    out: Any  # (H E, D)
+    gate_up: Any  # (D, 2 hidden)
     gate_up_bias: Tensor | None
+    down: Any  # (hidden, D)
     block: Any
 
 
@@ -35,39 +38,38 @@ class Fused:
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
-        c = decoder.config
         self.layers = []
         block: Any
         for block in decoder.layers:
             attention, mlp = block.self_attn, block.mlp
-            norms = None
-            if attention.q_norm is not None:
-                rows = (attention.q_norm.weight.expand(c.heads, -1),
-                        attention.k_norm.weight.expand(c.kv_heads, -1))  # fmt: skip
-                norms = torch.cat(rows)
+            out, down = (m.weight.detach().t() for m in (attention.o_proj, mlp.down_proj))
             qkv, gate_up = joined(attention, QKV), joined(mlp, GATE_UP)
-            self.layers.append(Layer(*qkv, norms, *gate_up, block))
+            self.layers.append(Layer(*qkv, out, *gate_up, down, block))
 
     def step(self, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
         """What `Decoder.forward` gives for x (R, T, D) at slots (R, T): normed hidden states."""
         c, (rows, new, dim) = self.decoder.config, x.shape
-        attend = self.decoder.attention(x, x.dtype, None, cache)
+        wide = torch.promote_types(x.dtype, torch.float32)  # as SDPA of few queries is slow in bf16
+        attend = self.decoder.attention(x, wide, None, cache)
         cos, sin = (part.transpose(1, 2) for part in self.decoder.rope(slots, x.dtype))
         x = x.reshape(-1, dim)  # (M, D)
         for index, layer in enumerate(self.layers):
             attention, mlp = layer.block.self_attn, layer.block.mlp
             seen = norm(x, layer.block.input_layernorm.weight, c.norm_eps)
-            every = F.linear(seen, layer.qkv, layer.qkv_bias).view(rows, new, -1, c.head_dim)
+            every = product(seen, layer.qkv, layer.qkv_bias).view(rows, new, -1, c.head_dim)
             turned, v = every.split((c.heads + c.kv_heads, c.kv_heads), dim=2)
-            if layer.heads is not None:
-                turned = norm(turned, layer.heads, c.norm_eps)
+            if attention.q_norm is not None:
+                turned = norm(turned, None, c.norm_eps)
+                turned[:, :, : c.heads].mul_(attention.q_norm.weight)
+                turned[:, :, c.heads :].mul_(attention.k_norm.weight)
             q, k = rotate(turned, cos, sin).transpose(1, 2).split((c.heads, c.kv_heads), dim=1)
             k, v = cache.update(index, k, v.transpose(1, 2))
-            heads = attend(q, k, v).transpose(1, 2).reshape(rows * new, -1)
-            x = added(x, heads, attention.o_proj)
+            heads = attend(*(part.to(wide) for part in (q, k, v))).to(x.dtype)
+            heads = heads.transpose(1, 2).reshape(rows * new, -1)
+            x = added(x, heads, layer.out, attention.o_proj.bias)
             seen = norm(x, layer.block.post_attention_layernorm.weight, c.norm_eps)
-            gate, up = F.linear(seen, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            x = added(x, F.silu(gate).mul_(up), mlp.down_proj)
+            gate, up = product(seen, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            x = added(x, F.silu(gate).mul_(up), layer.down, mlp.down_proj.bias)
         return norm(x, self.decoder.norm.weight, c.norm_eps).view(rows, new, dim)
 
 
@@ -87,9 +89,11 @@ def make_fused(decoder: Decoder) -> Fused | None:
 
 
 def joined(parent: nn.Module, names: tuple[str, ...]) -> tuple[Any, Tensor | None]:
-    """Weights and biases of linear layers in one; the layers' own become views of it."""
+    """Weights (in, out) and biases of linear layers in one; the layers' own become views of it."""
     parts = [getattr(parent, name) for name in names]
-    return as_one([part.weight for part in parts]), as_one([part.bias for part in parts])
+    weight, bias = (as_one([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
+    assert weight is not None
+    return weight.t(), bias
 
 
 def as_one(parts: list[Any]) -> Tensor | None:
@@ -114,15 +118,49 @@ def as_one(parts: list[Any]) -> Tensor | None:
     return whole
 
 
-def added(x: Tensor, y: Tensor, layer: nn.Linear) -> Tensor:
-    """x + layer(y), for rows (M, ·)."""
-    sum_ = torch.addmm(x, y, layer.weight.t())
-    return sum_ if layer.bias is None else sum_ + layer.bias
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight + bias for rows (M, ·); of so few rows `F.linear` is in part its own overhead."""
+    if x.dtype == torch.bfloat16 and widened(len(x), weight.numel()):
+        y = wide_product(x, weight).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, which torch does slowly for a few rows on a CPU."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-    scale = square.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).to(x.dtype).mul_(weight)
+def added(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x + y @ weight + bias."""
+    if x.dtype == torch.bfloat16 and widened(len(x), weight.numel()):
+        sum_ = wide_product(y, weight).add_(x).to(x.dtype)
+    else:
+        sum_ = torch.addmm(x, y, weight)
+    return sum_ if bias is None else sum_ + bias
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight in float32, of a large weight (in, out) in pieces that stay in the CPU's cache."""
+    x = x.float()
+    if weight.numel() <= SMALL:
+        return torch.mm(x, weight.float())
+    parts = weight.split(max(1, PIECE // weight.shape[0]), dim=1)
+    return torch.cat([torch.mm(x, part.float()) for part in parts], 1)
+
+
+def widened(rows: int, size: int) -> bool:
+    """Whether a bfloat16 product is faster in float32, its weight (of `size` numbers) and all."""
+    return emulated_bfloat16() and (size <= SMALL or rows >= MANY)
+
+
+@cache
+def emulated_bfloat16() -> bool:
+    """Whether the CPU has AVX-512 without instructions for bfloat16 products (AMX included)."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_supported() and not native
+
+
+def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension as LayerNorm of (x, -x), whose mean is 0.
+
+    Of a few rows on a CPU torch's own RMSNorm takes several times as long.
+    """
+    size = x.shape[-1]
+    normed = F.layer_norm(torch.cat((x, -x), -1), (2 * size,), None, None, eps)[..., :size]
+    return normed if weight is None else normed * weight

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unimm.inference.fused import Fused, make_fused
 from unimm.inference.kernel import Kernel, free_threads, make_kernel, signature
-from unimm.inference.sampling import choose, guide
+from unimm.inference.sampling import Ahead, choose, guide
 from unimm.model.decoder import KVCache, RMSNorm
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
@@ -32,6 +32,7 @@ class Stepper:
         self.fused: Fused | None = None  # where there is no kernel
         self._table: Tensor | None = None
         self._signature: tuple | None = None
+        self._noise = Ahead()
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +128,7 @@ class Stepper:
             logits = guide(logits, other, guidance)
         device = logits.device
         where = (torch.tensor(seeds, device=device), torch.tensor(places, device=device))
-        return choose(logits, *where, temperature, top_k, top_p).tolist()
+        return choose(logits, *where, temperature, top_k, top_p, noise=self._noise).tolist()
 
     def few(self, slots: int) -> bool:
         """Whether the kernel's own products are the faster way for so many slots."""
