@@ -5,6 +5,7 @@ written.
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -210,9 +211,14 @@ def evaluate(args: argparse.Namespace) -> None:
         options["guidance"] = args.guidance
     if args.best_of > 1:
         options["best_of"] = args.best_of
+    if args.data:
+        options["data"] = args.data
     run = BENCHMARKS[args.benchmark]()
     if args.before:
         options["before"] = read_json(args.before)
+    taken = inspect.signature(run).parameters
+    if unknown := [f"--{name.replace('_', '-')}" for name in options if name not in taken]:
+        raise ValueError(f"{unknown[0]} is not an option of the benchmark {args.benchmark}")
     result = run(load(args), seeds=args.seeds, blind=args.blind, **options)
     items = json.dumps(result.pop("items"))
     text = json.dumps(result, indent=1)
@@ -330,7 +336,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_sampling(p, filters=False)
     add_model(p)
     p = command("eval", evaluate, "run a benchmark")
-    p.add_argument("benchmark", help="scenes")
+    p.add_argument("benchmark", help="scenes, sprites")
+    p.add_argument("--data", metavar="DIR", help="sprites: what train/sprite_pictures.py made")
     p.add_argument("--n", type=int, help="pictures a split to draw, and as many to ask about")
     p.add_argument("--seeds", type=int, default=1, help="how many seeds")
     p.add_argument("--guidance", type=float, help="the model's own if absent")

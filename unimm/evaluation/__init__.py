@@ -10,4 +10,13 @@ def _scenes() -> Callable[..., dict[str, Any]]:
     return evaluate
 
 
-BENCHMARKS: dict[str, Callable[[], Callable[..., dict[str, Any]]]] = {"scenes": _scenes}
+def _sprites() -> Callable[..., dict[str, Any]]:
+    from unimm.evaluation.sprites import evaluate
+
+    return evaluate
+
+
+BENCHMARKS: dict[str, Callable[[], Callable[..., dict[str, Any]]]] = {
+    "scenes": _scenes,
+    "sprites": _sprites,
+}

@@ -179,7 +179,7 @@ def main_relation(a: Object, b: Object) -> str | None:
 @cache
 def held_out_pair(shape: str, color: str) -> bool:
     """Whether no training picture or text may have this shape in this colour."""
-    return _share(f"pair: {color} {shape}") < HELD_OUT
+    return share(f"pair: {color} {shape}") < HELD_OUT
 
 
 def held_out_triple(a: Object, relation: str, b: Object) -> bool:
@@ -212,10 +212,10 @@ def _held_out_triple(a: tuple[str, str], relation: str, b: tuple[str, str]) -> b
         return False
     if relation in ("right of", "below"):
         a, relation, b = b, OPPOSITE[relation], a
-    return _share(f"triple: {a[1]} {a[0]} {relation} {b[1]} {b[0]}") < HELD_OUT
+    return share(f"triple: {a[1]} {a[0]} {relation} {b[1]} {b[0]}") < HELD_OUT
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     """A number in 0..1 that depends on the text alone, on every machine and in every process."""
     digest = hashlib.sha256(f"unimm scenes {_SALT} {text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
