@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from unimm import UniMM
+from unimm.data.processor import user
 from unimm.data.scenes import check, parse
 
 ROOT = Path(__file__).parent.parent
@@ -138,3 +139,32 @@ def test_the_prompt_and_the_picture_matter(model):
         with torch.inference_mode():
             hidden.append(model.model.decoder(model.model.embed(batch), batch.positions)[0, -1])
     assert (hidden[0] - hidden[1]).abs().max() > 0.1
+
+
+def test_a_chat_changes_its_last_picture_and_draws_new_ones(model):
+    """A change is what `edit` makes of it, and keeps the codes that were drawn elsewhere."""
+
+    def said(talk, words):
+        return model.chat([*talk, user(words)], seed=3)
+
+    def drawn(talk):
+        (part,) = talk[-1]["content"]
+        return part
+
+    first = said([], "a red circle left of a blue star")
+    second = said(first, "make the star green")
+    old, new = drawn(first), drawn(second)
+    assert check(np.asarray(new["image"]), "a red circle left of a green star")
+    assert np.array_equal(new["image"], model.edit(old, "make the star green"))
+    same = np.equal(old["codes"], new["codes"])
+    assert 35 < same.sum() < 64  # a square of at most five by five was drawn
+    third = said(second, "now please draw a yellow square")
+    assert check(np.asarray(drawn(third)["image"]), "a yellow square")
+    fourth = said(third, "a small red heart on a mint background")
+    assert check(np.asarray(drawn(fourth)["image"]), "a red heart on a mint background")
+    assert parse(drawn(said(second, "describe the picture"))["text"]) is not None
+    model.sampling["edit_located"] = False
+    try:  # as models do that have not learned to
+        assert not np.array_equal(drawn(said(first, "make the star green"))["image"], new["image"])
+    finally:
+        model.sampling["edit_located"] = True

@@ -12,7 +12,8 @@ from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
 from unimm.data.places import WHERE, around
-from unimm.data.processor import Message, Processor, to_picture, user
+from unimm.data.processor import Message, Processor, checked, draws, to_picture, user
+from unimm.data.scenes import parse
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement
@@ -20,6 +21,9 @@ from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
 
 BATCH = 16  # pictures drawn side by side
+# What asks for a new picture in a chat begins so, or can be understood as all of one (`parse`).
+NEW = re.compile(r"(draw|show|generate|create|(an? )?(new )?(picture|image|drawing|photo) of)\b")
+ANEW = re.compile(r"^((and|now|then|next|please|can you|could you|ok|okay),? )*")
 
 
 class UniMM:
@@ -163,11 +167,12 @@ class UniMM:
         What is around that place is then drawn anew, and the codes of all the rest are kept.
         Other models draw everything, by the instruction as it is.
         """
-        images = [open_image(image) for image, _ in pairs]
+        images = [as_part(image) for image, _ in pairs]
         words = [checked_text(said, "instruction") for _, said in pairs]
         if not self.sampling.get("edit_located"):
             return [edit_messages(*pair) for pair in zip(images, words, strict=True)]
-        answers = self.ask_all([(i, WHERE + said) for i, said in zip(images, words, strict=True)])
+        asked = [(i["image"], WHERE + said) for i, said in zip(images, words, strict=True)]
+        answers = self.ask_all(asked)
         said = [new or old for new, old in zip(answers, words, strict=True)]
         grid = self.processor.grid
         return [edit_messages(i, w, around(w, grid)) for i, w in zip(images, said, strict=True)]
@@ -185,13 +190,33 @@ class UniMM:
         """The conversation with the model's answer appended; it may hold drawn images.
 
         A drawn image carries its codes, so that a later turn sees just what was drawn. What is to
-        be changed in an image that the user shows is said before it, as `edit` does.
+        be changed in an image that the user shows is said before it, as `edit` does. A model that
+        has learned to edit in place (`edits`) answers what asks for a picture as `generate` and
+        `edit` do, whatever else was spoken of.
         """
         if not messages or messages[-1].get("role") != "user":
             raise ValueError("a chat ends with the user message that is to be answered")
-        settings = self._settings(guidance, temperature, top_k, top_p)
-        answer = self.engine.run(self._requests([list(messages)], "any", seed), settings)[0]
-        return [*messages, self._message(answer)]
+        sampling = (guidance, temperature, top_k, top_p)
+        requests = self._requests([list(messages)], "any", seed)
+        message = self._message(self.engine.run(requests, self._settings(*sampling))[0])
+        if draws(*checked(message)) and (asked := self._asked(messages)):
+            talk, kind = asked
+            requests = self._requests([talk], "image", seed)
+            message = self._message(self.engine.run(requests, self._settings(*sampling, kind))[0])
+        return [*messages, message]
+
+    def _asked(self, messages: Sequence[Message]) -> tuple[list[Message], str] | None:
+        """What is to be drawn as a conversation of its own, and its kind of settings: a new
+        picture, or the last one with a change. None where that cannot be said."""
+        parts = [part for message in messages for part in checked(message)[1]]
+        pictures = [part for part in parts if "image" in part]
+        said = [part["text"] for part in checked(messages[-1])[1] if part["type"] == "text"]
+        words = ANEW.sub("", " ".join(said).lower().strip())
+        if not (self.sampling.get("edit_located") and pictures and words):
+            return None
+        if NEW.match(words) or parse(words):
+            return [user(words)], ""
+        return self.edits([(pictures[-1], words)])[0], "edit_"
 
     def _draw(
         self, conversations: list[list[Message]], settings: Settings, seed: int
@@ -277,9 +302,17 @@ def edit_messages(image: Any, instruction: str, redrawn: Any = None) -> list[Mes
     So a code of the answer is as far from the picture's own at its place, whatever is said.
     `redrawn`: which codes of the picture are drawn anew, bool (codes,); None: all.
     """
-    picture = {"image": open_image(image), "view": ["patches", "codes"]}
+    picture = {**as_part(image), "view": ["patches", "codes"]}
     picture |= {} if redrawn is None else {"redrawn": redrawn}
     return [user(checked_text(instruction, "instruction"), picture)]
+
+
+def as_part(image: Any) -> dict[str, Any]:
+    """A picture as the content part of a message; where it is one already, with its codes."""
+    if not isinstance(image, dict):
+        return {"image": open_image(image)}
+    codes = {"codes": image["codes"]} if "codes" in image else {}
+    return {"image": open_image(image["image"]), **codes}
 
 
 def checked_text(text: str, what: str) -> str:
