@@ -27,5 +27,11 @@ config = Run(
     warmup=50,
     schedule="cosine",
     preview_every=100,
-    options={"prompts": [], "previews": 8, "guidance": 2.0, "code_rows_only": False},
+    options={
+        "prompts": [],
+        "previews": 8,
+        "guidance": 2.0,
+        "code_rows_only": False,
+        "sampling": {"plain": False, "edit_located": False},  # which are of Scenes
+    },
 )

@@ -118,7 +118,8 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
         code_dim=8,
         image_head_dim=decoder.dim,
     )
-    sampling = {"guidance": 2.0, "edit_guidance": 1.0, "edit_temperature": 0.0, "world": world.name}
+    defaults = {"guidance": 2.0, "edit_guidance": 1.0, "edit_temperature": 0.0, "plain": True}
+    sampling = {**defaults, "world": world.name}
     pieces = root / "pieces"
     with first():
         encode = encoder(codebook)

@@ -52,5 +52,11 @@ config = Run(
     schedule="linear",
     compile=True,
     preview_every=100,
-    options={"prompts": [], "previews": 8, "guidance": 2.0, "code_rows_only": False},
+    options={
+        "prompts": [],
+        "previews": 8,
+        "guidance": 2.0,
+        "code_rows_only": False,
+        "sampling": {"plain": False, "edit_located": False},  # which are of Scenes
+    },
 )

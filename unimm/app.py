@@ -43,6 +43,7 @@ def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
     import gradio as gr
 
     guidance = float(model.sampling.get("guidance", 1.0))
+    usual = float(model.sampling.get("temperature", 1.0))
     strongest = max(8.0, guidance)
     decoders = ["codes"]
     if model.folder is not None and (model.folder / "diffusion_text.json").exists():
@@ -137,7 +138,7 @@ def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
             with gr.Row():
                 n = gr.Slider(1, MOST, value=4, step=1, label="Pictures")
                 strength = gr.Slider(1, strongest, value=guidance, step=0.25, label="Guidance")
-                heat = gr.Slider(0, HOTTEST, value=1.0, step=0.05, label="Temperature")
+                heat = gr.Slider(0, HOTTEST, value=usual, step=0.05, label="Temperature")
                 seed = gr.Number(0, precision=0, label="Seed")
                 decoder = gr.Radio(
                     decoders, value="codes", label="Decoder", visible=len(decoders) > 1

@@ -12,8 +12,9 @@ from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
 from unimm.data.places import WHERE, around
-from unimm.data.processor import Message, Processor, checked, draws, to_picture, user
+from unimm.data.processor import Message, Processor, TooLong, checked, draws, to_picture, user
 from unimm.data.scenes import parse
+from unimm.data.wording import plain, plain_prompt, plain_wish
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement
@@ -21,9 +22,8 @@ from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
 
 BATCH = 16  # pictures drawn side by side
-# What asks for a new picture in a chat begins so, or can be understood as all of one (`parse`).
-NEW = re.compile(r"(draw|show|generate|create|(an? )?(new )?(picture|image|drawing|photo) of)\b")
-ANEW = re.compile(r"^((and|now|then|next|please|can you|could you|ok|okay),? )*")
+ROOM = 8  # slots beside the codes of a picture in an answer
+NEW = re.compile(r"(draw|show|a picture of)\b")  # how what asks for a new picture begins
 
 
 class UniMM:
@@ -90,7 +90,8 @@ class UniMM:
             raise ValueError(
                 "ask for at least one picture (n >= 1, best_of >= 1) of at least one prompt"
             )
-        texts = [checked_text(p, "prompt") for p in prompts for _ in range(n * best_of)]
+        asked = [self._plain(checked_text(p, "prompt"), plain_prompt) for p in prompts]
+        texts = [words for words in asked for _ in range(n * best_of)]
         settings = self._settings(guidance, temperature, top_k, top_p)
         if decoder == "diffusion":
             images = self._diffuse(texts, settings.guidance, steps, seed)
@@ -118,7 +119,8 @@ class UniMM:
         """The picture as it comes, after every `every` codes; the last one is `generate`'s."""
         if every < 1:
             raise ValueError("every must be 1 or more")
-        request = self._requests([[user(checked_text(prompt, "prompt"))]], "image", seed)
+        words = self._plain(checked_text(prompt, "prompt"), plain_prompt)
+        request = self._requests([[user(words)]], "image", seed)
         settings = self._settings(guidance, temperature, top_k, top_p)
         for answer in self.engine.stream(request, settings):
             codes = answer[0].codes
@@ -135,7 +137,8 @@ class UniMM:
 
     def ask_all(self, pairs: Sequence[tuple[Any, str]]) -> list[str]:
         """Many (picture, question) pairs at once; the same answers as one by one."""
-        talks = [[user(open_image(i), checked_text(q, "question"))] for i, q in pairs]
+        asked = [(open_image(i), checked_text(q, "question")) for i, q in pairs]
+        talks = [[user(image, self._plain(words, plain))] for image, words in asked]
         answers: list[str] = []
         for start in range(0, len(talks), 4 * BATCH):
             requests = self._requests(talks[start : start + 4 * BATCH], "text", 0)
@@ -168,7 +171,7 @@ class UniMM:
         Other models draw everything, by the instruction as it is.
         """
         images = [as_part(image) for image, _ in pairs]
-        words = [checked_text(said, "instruction") for _, said in pairs]
+        words = [self._plain(checked_text(said, "instruction"), plain_wish) for _, said in pairs]
         if not self.sampling.get("edit_located"):
             return [edit_messages(*pair) for pair in zip(images, words, strict=True)]
         asked = [(i["image"], WHERE + said) for i, said in zip(images, words, strict=True)]
@@ -190,33 +193,64 @@ class UniMM:
         """The conversation with the model's answer appended; it may hold drawn images.
 
         A drawn image carries its codes, so that a later turn sees just what was drawn. What is to
-        be changed in an image that the user shows is said before it, as `edit` does. A model that
-        has learned to edit in place (`edits`) answers what asks for a picture as `generate` and
-        `edit` do, whatever else was spoken of.
+        be changed in an image that the user shows is said before it, as `edit` does. A model of
+        plain sentences (`data.wording`) answers what asks for a picture as `generate` and `edit`
+        do, whatever else was spoken of. The oldest turns are left out of a conversation that is
+        too long for the model, and would leave no room for a picture.
         """
         if not messages or messages[-1].get("role") != "user":
             raise ValueError("a chat ends with the user message that is to be answered")
+        if not any(part.get("text", "image").strip() for part in checked(messages[-1])[1]):
+            raise ValueError("the message is empty: say what you want")
         sampling = (guidance, temperature, top_k, top_p)
-        requests = self._requests([list(messages)], "any", seed)
-        message = self._message(self.engine.run(requests, self._settings(*sampling))[0])
-        if draws(*checked(message)) and (asked := self._asked(messages)):
-            talk, kind = asked
-            requests = self._requests([talk], "image", seed)
-            message = self._message(self.engine.run(requests, self._settings(*sampling, kind))[0])
+        talk = self._recent([self._plainly(message) for message in messages])
+        found = self.engine.run(self._requests([talk], "any", seed), self._settings(*sampling))
+        message = self._message(found[0])
+        if self.sampling.get("plain") and draws(*checked(message)):
+            talk, kind = self._asked(talk)
+            found = self.engine.run(
+                self._requests([talk], "image", seed), self._settings(*sampling, kind)
+            )
+            message = self._message(found[0])
         return [*messages, message]
 
-    def _asked(self, messages: Sequence[Message]) -> tuple[list[Message], str] | None:
+    def _plain(self, text: str, way: Callable[[str], str]) -> str:
+        """The text, put plainly for a model that knows nothing else; as it is where that is all."""
+        return (way(text) or text) if self.sampling.get("plain") else text
+
+    def _plainly(self, message: Message) -> Message:
+        """A message of the user, put plainly."""
+        role, content = checked(message)
+        if role != "user" or not self.sampling.get("plain"):
+            return message
+        put = [{**p, "text": plain(p["text"])} if p["type"] == "text" else p for p in content]
+        return {**message, "content": put}
+
+    def _recent(self, messages: list[Message]) -> list[Message]:
+        """The last turns, as many as leave room for a picture; where none do, as many as fit."""
+        codes = self.processor.codes_per_image if self.processor.image_tokenizer else 0
+        fitting = []
+        for start in (k for k, message in enumerate(messages) if message.get("role") == "user"):
+            try:
+                length = len(self.processor.encode(messages[start:], "text"))
+            except TooLong:
+                continue
+            if length + codes + ROOM <= self.processor.max_length:
+                return messages[start:]
+            fitting.append(start)
+        return messages[fitting[0] if fitting else -1 :]
+
+    def _asked(self, messages: list[Message]) -> tuple[list[Message], str]:
         """What is to be drawn as a conversation of its own, and its kind of settings: a new
-        picture, or the last one with a change. None where that cannot be said."""
+        picture, or the last one with a change."""
         parts = [part for message in messages for part in checked(message)[1]]
         pictures = [part for part in parts if "image" in part]
         said = [part["text"] for part in checked(messages[-1])[1] if part["type"] == "text"]
-        words = ANEW.sub("", " ".join(said).lower().strip())
-        if not (self.sampling.get("edit_located") and pictures and words):
-            return None
-        if NEW.match(words) or parse(words):
-            return [user(words)], ""
-        return self.edits([(pictures[-1], words)])[0], "edit_"
+        words = " ".join(said)
+        prompt = plain_prompt(words)
+        if not pictures or NEW.match(prompt) or parse(prompt):
+            return [user(checked_text(prompt, "message"))], ""
+        return self.edits([(pictures[-1], checked_text(words, "message"))])[0], "edit_"
 
     def _draw(
         self, conversations: list[list[Message]], settings: Settings, seed: int

@@ -59,6 +59,10 @@ class Template:
         return cls(*range(words, words + 7))
 
 
+class TooLong(ValueError):
+    """A conversation is longer than the context of the model."""
+
+
 @dataclass
 class Sample:
     """One conversation as slots; arrays of length T.
@@ -173,7 +177,7 @@ class Processor:
 
     def _fitting(self, sample: Sample) -> Sample:
         if len(sample) > self.max_length:
-            raise ValueError(
+            raise TooLong(
                 f"the conversation takes {len(sample)} slots, and the context of this model has "
                 f"{self.max_length}: shorten the text or send fewer images"
             )

@@ -84,7 +84,6 @@ def setup_contrast(run: Run) -> Parts:
     is said), see `stress_changes`; `sampling`, defaults that are saved with the model.
     """
     model, processor, sampling = open_init(run)
-    sampling = {**sampling, **run.options.get("sampling", {})}
 
     def prepare(item: dict[str, Any], rng: np.random.Generator) -> Contrast:
         whole = processor.encode(item["messages"])

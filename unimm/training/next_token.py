@@ -57,13 +57,16 @@ def open_init(run: Run) -> tuple[UnifiedModel, Processor, dict[str, Any]]:
     """Model, processor and sampling defaults of `run.init`, in float32.
 
     That is a model folder of any format, a Hub id, the parts of a `Begin` (put together here, and
-    not written), or "scenes": the bundled model.
+    not written), or "scenes": the bundled model. `options.sampling` changes the defaults, which
+    are saved with the model.
     """
     if not run.init:
         raise ValueError("this run starts from a model folder: init=DIR")
     if isinstance(run.init, Begin):
-        return assemble_parts(run.init, torch.float32)
-    return load_model(locate_base(run.init))
+        found = assemble_parts(run.init, torch.float32)
+    else:
+        found = load_model(locate_base(run.init))
+    return *found[:2], {**found[2], **run.options.get("sampling", {})}
 
 
 def unified_parts(
