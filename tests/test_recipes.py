@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from unimm.data import sources
 from unimm.data.codes import encoder
 from unimm.data.mixture import Mixture
 from unimm.data.processor import assistant, user
+from unimm.data.scenes import describe
 from unimm.data.sources import VALIDATION, PictureStore, scenes_text
 from unimm.model.unified import CODE
 from unimm.pipeline import UniMM
@@ -312,9 +314,35 @@ def test_every_recipe_loads_and_trains_something(world):
         assert sum(p.numel() for group in trained for p in group["params"]) > 0
 
 
+def test_several_pictures_are_spoken_of_one_by_one(world):
+    """What is said of the first, the second and both is true of the store's scenes."""
+    store = PictureStore(world / "store")
+    told = {store.pictures[k].tobytes(): store.scene(k) for k in range(len(store))}
+    made, asked = sources.scenes_several(SimpleNamespace(seed=3), str(world / "store")), Counter()
+    for i in range(200):
+        scenes = []
+        messages = made[i]["messages"]
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            for part in question["content"]:
+                if part["type"] == "image":
+                    scenes.append(told[np.asarray(part["image"]).tobytes()])
+            words, said = question["content"][-1]["text"], answer["content"][0]["text"]
+            if words in sources.ASK_CAPTION:
+                assert said == describe(scenes[-1])
+            elif words.startswith("what is in the "):
+                assert said == describe(scenes["second" in words])
+                asked["caption"] += 1
+            elif words.endswith("more objects?"):
+                a, b = (len(scene.objects) for scene in scenes)
+                names = "the first picture" if a > b else "the second picture"
+                assert said == ("both have as many" if a == b else names)
+                asked["more"] += 1
+        assert len(scenes) == 2
+    assert asked["caption"] > 50 and asked["more"] > 50
+
+
 def test_near_negatives_differ_in_one_shape_and_stay_in_the_split(world):
     """Of eight pairs in a row seven have one other shape; each caption is true of its picture."""
-    from types import SimpleNamespace
 
     from unimm.data.scenes import complete, is_held_out, look, parse
     from unimm.data.sources import scenes_pairs

@@ -577,6 +577,29 @@ def test_misdirected_edits_do_the_same_to_another_object():
     assert len(found) == 8, found  # four kinds, of one object and of both
 
 
+def test_what_is_not_there_is_asked_for_in_vain():
+    """Of 300 scenes: nothing named is in the picture, and nothing held out is named in training."""
+    kinds = Counter()
+    for k in range(300):
+        rng = np.random.default_rng(k)
+        scene = S.sample_scene("scenes", rng)
+        usual = {q.text for q in S.open_questions(scene, np.random.default_rng(k))}
+        for q in S.absent_questions(scene, rng):
+            assert q.text not in usual and not q.yes_no
+            kinds[q.type] += 1
+            words = set(re.findall(r"[a-z]+", q.text))
+            colors = words & {*S.WORLDS["scenes"].colors}
+            shapes = {s for s in S.WORLDS["scenes"].shapes if words & {s, S.language.plural(s)}}
+            there = [o for o in scene.objects if {o.color} >= colors and {o.shape} >= shapes]
+            assert (colors or shapes) and not there, (q, scene)
+            assert not (colors and shapes and S.held_out_pair(*shapes, *colors)), q
+            if q.type == "count":
+                assert q.answer == "zero"
+            else:
+                assert q.answer == f"there is no {' '.join([*colors, *shapes])}"
+    assert set(kinds) == {"count", "size", "position", "color"} and min(kinds.values()) >= 300
+
+
 # ---------------------------------------------------------------------------- checker
 
 

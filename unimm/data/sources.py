@@ -25,6 +25,7 @@ from unimm.data.scenes import (
     WORLDS,
     Scene,
     World,
+    absent_questions,
     describe,
     edit_holds,
     edit_kind,
@@ -351,12 +352,18 @@ def scenes_captions(run: Any, store: str, only: str = "") -> Made:
 
 
 def scenes_questions(
-    run: Any, store: str, most: int = 4, only: str = "", types: tuple[str, ...] = ()
+    run: Any,
+    store: str,
+    most: int = 4,
+    only: str = "",
+    types: tuple[str, ...] = (),
+    absent: float = 0.0,
 ) -> Made:
     """Picture and question -> answer; up to `most` turns about one picture.
 
     `only`: some of the pictures (`PictureStore.chosen`). `types`: only such questions (of
-    QUESTION_TYPES), where a picture has any.
+    QUESTION_TYPES), where a picture has any. `absent`: in how many conversations two questions
+    are about what is not there.
     """
     pictures = PictureStore(store)
     chosen = pictures.chosen(only)
@@ -365,9 +372,48 @@ def scenes_questions(
         k = int(chosen[rng.integers(len(chosen))])
         scene, image = pictures.scene(k), pictures.image(k, codes=False)
         turns = some_questions(scene, rng, most, types)
+        if absent and rng.random() < absent:
+            vain = absent_questions(scene, rng)
+            turns += [(vain[k].text, vain[k].answer) for k in rng.permutation(len(vain))[:2]]
+            turns = [turns[k] for k in rng.permutation(len(turns))]
         return _about(image, turns)
 
     return Made(make, (run.seed, 3, *map(ord, only)))
+
+
+def scenes_several(run: Any, store: str) -> Made:
+    """Two pictures in one conversation: questions about the one, then about the other, and then
+    about both."""
+    pictures = PictureStore(store)
+
+    def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
+        messages, scenes = [], []
+        for k in rng.integers(len(pictures), size=2).tolist():
+            scene = pictures.scene(k)
+            scenes.append(scene)
+            asks = (ASK_CAPTION[rng.integers(len(ASK_CAPTION))], describe(scene))
+            turns = [asks] if rng.random() < 0.3 else some_questions(scene, rng, 3)
+            messages += _about(pictures.image(k, codes=False), turns)["messages"]
+        for question, answer in about_both(scenes, rng):
+            messages += [user(question), assistant(answer)]
+        return _talk(*messages)
+
+    return Made(make, (run.seed, 12))
+
+
+def about_both(scenes: list[Scene], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """One or two questions about two pictures, the first and the second."""
+    counts = [len(scene.objects) for scene in scenes]
+    which = ("the first picture", "the second picture")
+    more = "both have as many" if counts[0] == counts[1] else which[int(counts[1] > counts[0])]
+    k = int(rng.integers(2))
+    inside = some_questions(scenes[k], rng, 1)[0]
+    asked = [
+        (f"what is in {which[k]}?", describe(scenes[k])),
+        (f"in {which[k]}, {inside[0]}", inside[1]),
+        (pick(("which picture has more objects?", "where are there more objects?"), rng), more),
+    ]
+    return [asked[n] for n in rng.permutation(len(asked))[: rng.integers(1, 3)]]
 
 
 def scenes_unknown(run: Any, store: str) -> Made:

@@ -14,6 +14,7 @@ from .mending import mend, repaint
 from .questions import (
     QUESTION_TYPES,
     Question,
+    absent_questions,
     implied_questions,
     normalize_answer,
     open_questions,
@@ -62,6 +63,7 @@ __all__ = [
     "Scene",
     "Spec",
     "World",
+    "absent_questions",
     "check",
     "complete",
     "describe",

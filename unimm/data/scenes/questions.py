@@ -21,6 +21,7 @@ from .world import (
     WORLDS,
     Scene,
     World,
+    get_world,
     held_out_pair,
     held_out_triple,
     is_held_out,
@@ -160,6 +161,31 @@ def open_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
                 b=second,
             )
     return found
+
+
+def absent_questions(
+    scene: Scene, rng: np.random.Generator, world: str | World | None = None
+) -> list[Question]:
+    """Open questions about what is not there, in the forms of those about what is: "zero", "there
+    is no star". None of them is in `open_questions`, which scores rest on."""
+    world = get_world(_world_of(scene) if world is None else world)
+    shapes, colors = ({getattr(o, name) for o in scene.objects} for name in ("shape", "color"))
+    shape = pick([s for s in world.shapes if s not in shapes], rng)
+    color = pick([c for c in world.colors if c not in colors], rng)
+    asked: list[tuple[str, tuple[str, ...], str, str]]
+    asked = [("count", _HOW_MANY, plural(shape), NUMBERS[0])]
+    asked += [("count", _HOW_MANY, f"{color} objects", NUMBERS[0])]
+    here = pick(scene.objects, rng)
+    other = _absent(scene, world, here.shape, here.color, rng, train=is_held_out(scene) is None)
+    names = [shape] + ([phrase((1, None, other[1], other[0]), article=False)] if other else [])
+    for name in names:
+        answer = f"there is no {name}"
+        asked += [("size", _WHAT_SIZE, name, answer), ("position", _WHERE, name, answer)]
+    asked.append(("color", _WHAT_COLOR, shape, f"there is no {shape}"))
+    return [
+        Question(kind, pick(forms, rng).format(what=what), answer, False)
+        for kind, forms, what, answer in asked
+    ]
 
 
 _HOW_MANY = (
