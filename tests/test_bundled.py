@@ -29,14 +29,20 @@ def test_it_is_small_and_plain():
 
 
 def test_a_picture_and_a_caption_in_time(model):
-    model.generate("a red circle")
-    start = time.perf_counter()
-    picture = model.generate("a blue star", seed=1)
-    drawn = time.perf_counter()
-    caption = model.caption(picture)
-    said = time.perf_counter()
-    assert drawn - start < 2 * slack() and said - drawn < 0.5 * slack()
-    assert parse(caption) is not None, caption
+    """Medians of ten, which -s shows."""
+    model.caption(model.generate("a red circle"))
+    drawing, saying = [], []
+    for seed in range(10):
+        start = time.perf_counter()
+        picture = model.generate("a blue star", seed=seed)
+        drawn = time.perf_counter()
+        caption = model.caption(picture)
+        saying.append(time.perf_counter() - drawn)
+        drawing.append(drawn - start)
+        assert parse(caption) is not None, caption
+    drawn, said = (sorted(times)[5] for times in (drawing, saying))
+    print(f"a picture {drawn:.3f} s, a caption {said:.3f} s")
+    assert drawn < slack() and said < 0.3 * slack()
 
 
 def slack() -> float:

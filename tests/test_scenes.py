@@ -662,14 +662,18 @@ N_CHECKER = 2000
 
 
 def decoded(pixels):
-    """Pictures after a round trip through the bundled image tokenizer."""
+    """Pictures after a round trip through the bundled image tokenizer, which uses most codes."""
     tokenizer = ImageTokenizer.load(BUNDLED)
-    made = []
+    made, used = [], set()
     with torch.inference_mode():
         for part in torch.from_numpy(pixels).permute(0, 3, 1, 2).split(64):
             codes = tokenizer.encode(part.float() / 127.5 - 1)
+            used.update(codes.flatten().tolist())
             back = tokenizer.decode(codes, (8, 8))
             made.append(((back.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    share = len(used) / tokenizer.config.codebook_size
+    print(f"{share:.3f} of the codes used")
+    assert share > 0.5
     return torch.cat(made).permute(0, 2, 3, 1).numpy()
 
 
