@@ -242,6 +242,22 @@ def test_the_whole_way(tmp_path, monkeypatch):
         recipe.main(size="large")
 
 
+def test_the_size_for_a_gpu_goes_its_way_on_a_cpu(tmp_path, monkeypatch):
+    """128 px in 256 codes, by a step or two of every piece, with a smaller decoder."""
+    recipe = load_recipe(ROOT / "train/scenes.py")
+    base = recipe.SIZES["base"]
+    small = {"pictures": 24, "edits": 8, "compile": False, "batch": dict.fromkeys(base["batch"], 4)}
+    decoder = {**base["decoder"], "layers": 1}
+    monkeypatch.setitem(recipe.SIZES, "base", {**base, **small, "decoder": decoder})
+    folder = recipe.main(size="base", out=str(tmp_path / "run"), steps=1e-6)
+    model = UniMM.from_pretrained(folder)
+    picture = model.generate("a red circle")
+    assert picture.size == (128, 128) and model.processor.codes_per_image == 256
+    assert model.sampling["world"] == "scenes-128"
+    talk = model.chat([user("a star"), assistant({"image": picture}), user("make it red")])
+    assert len(talk) == 4
+
+
 def test_stage3_is_five_to_one_to_four(world):
     weights = {n: s.weight for n, s in placed("stage3_sft.py", world).data.items()}
     seen = weights["captions"] + weights["questions"]

@@ -2,6 +2,7 @@
 
 unimm train train/scenes.py size=small out=runs/scenes      # 64 px; 100 minutes on 2 busy cores
 unimm train train/scenes.py size=quick out=runs/quick       # 32 px, a few minutes: does it work?
+unimm train train/scenes.py size=base out=runs/base         # 128 px, for one GPU: not trained yet
 torchrun --nproc-per-node 2 -m unimm.cli train train/scenes.py ...    # a core a process: faster
 
 Text tokenizer, pictures, image tokenizer, SigLIP encoder, codes, then stages 0 to 3. Each piece is
@@ -44,6 +45,18 @@ SIZES: dict[str, dict[str, Any]] = {
             image_tokenizer=4_000, siglip=500, stage0=200, stage1=80, stage2=850, stage3=320
         ),
         batch=dict(image_tokenizer=32, siglip=256, stage0=64, stage1=128, stage2=128, stage3=128),
+    ),
+    "base": dict(
+        world="scenes-128",
+        compile=True,
+        pictures=100_000,
+        edits=24_000,
+        decoder=dict(dim=448, layers=10, heads=7, kv_heads=7, head_dim=64, hidden=1216),
+        vision=dict(dim=256, layers=6, heads=4, hidden=704, patch_size=16),
+        steps=dict(
+            image_tokenizer=6_000, siglip=1_500, stage0=500, stage1=200, stage2=4_000, stage3=1_500
+        ),
+        batch=dict(image_tokenizer=64, siglip=512, stage0=128, stage1=256, stage2=256, stage3=256),
     ),
     "quick": dict(
         world="scenes-mini",
@@ -106,7 +119,7 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
         vocab_size=0,  # set by `assemble`, as is the number of codes
         rope_theta=10_000.0,
         norm_eps=1e-6,
-        max_positions=768,
+        max_positions=768 if pixels <= 64 else 1_536,  # an edit in a chat
         qk_norm=True,
         **plan["decoder"],
     )
@@ -141,12 +154,13 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
 
 def encoder(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 pictures (n, H, W, 3) -> codes (n, k) by the image tokenizer in `folder`."""
-    tokenizer = ImageTokenizer.load(folder)
+    device = PartialState().device
+    tokenizer = ImageTokenizer.load(folder).to(device)
 
     @torch.inference_mode()
     def encode(pictures: np.ndarray) -> np.ndarray:
-        pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return tokenizer.encode(pixels).numpy()
+        pixels = torch.tensor(pictures, device=device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return tokenizer.encode(pixels).cpu().numpy()
 
     return encode
 

@@ -6,7 +6,7 @@ Everything else in this package (drawing, sampling, language, checker) is derive
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
@@ -137,6 +137,7 @@ WORLDS = {
         border=0.03,
     ),
 }
+WORLDS["scenes-128"] = replace(WORLDS["scenes"], name="scenes-128", image_size=128)
 
 
 def get_world(world: str | World) -> World:
