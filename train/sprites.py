@@ -13,9 +13,11 @@ It begins with the bundled model, which knows "left of" and "above". Each sprite
 by heart; so most samples are of these, drawn and named. Cost and what came: train/README.md.
 """
 
-from unimm.config import Run, Source
+import dataclasses
+from pathlib import Path
+
+from unimm.config import Source, load_recipe
 from unimm.data.readers import captions, messages
-from unimm.training.next_token import next_token, scored_weight
 
 FOLDER = "runs/sprites"
 
@@ -28,11 +30,10 @@ def pictures(name: str, task: str, text: str, weight: float) -> Source:
     return Source(captions, weight=weight, options=options)
 
 
-config = Run(
+config = dataclasses.replace(
+    load_recipe(Path(__file__).with_name("finetune.py")).config,
     init=f"{FOLDER}/base",
     out=f"{FOLDER}/model",
-    step=next_token,
-    count=scored_weight,
     train=((r"vision\..*", 1e-3), (r".*", 2e-3)),
     optimizer="muon",
     kind_weights={"text": 2.0, "code": 1.0},
@@ -45,18 +46,10 @@ config = Run(
             messages, weight=0.7, options={"path": f"{FOLDER}/train/questions.jsonl"}
         ),
     },
-    steps=1_000,
-    batch_size=64,
+    steps=900,
+    accumulate=1,
     packing=256,
     warmup=10,
     schedule="linear",
     compile=True,
-    preview_every=100,
-    options={
-        "prompts": [],
-        "previews": 8,
-        "guidance": 2.0,
-        "code_rows_only": False,
-        "sampling": {"plain": False, "edit_located": False},  # which are of Scenes
-    },
 )
