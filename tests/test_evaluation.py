@@ -122,6 +122,8 @@ def test_a_real_model_runs_through_and_is_reproducible(tmp_path, capsys):
     model = UniMM(*tiny_model(max_positions=1024), {"world": "scenes-mini", "guidance": 2.0})
     first, second = (bench.evaluate(model, n=6) for _ in range(2))
     assert first == second
+    two, other = bench.evaluate(model, n=6, seeds=2), bench.evaluate(model, n=6, first_seed=1001)
+    assert two["items"] == [*first["items"], *other["items"]] and two["items"][0] != two["items"][1]
     blind = bench.evaluate(model, n=6, blind=True)
     assert blind["protocol"]["blind"] and blind["protocol"]["counts"] == first["protocol"]["counts"]
     model.sampling["edit_located"] = True

@@ -213,6 +213,8 @@ def evaluate(args: argparse.Namespace) -> None:
         options["best_of"] = args.best_of
     if args.data:
         options["data"] = args.data
+    if args.first_seed is not None:
+        options["first_seed"] = args.first_seed
     run = BENCHMARKS[args.benchmark]()
     if args.before:
         options["before"] = read_json(args.before)
@@ -340,6 +342,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="DIR", help="sprites: what train/sprite_pictures.py made")
     p.add_argument("--n", type=int, help="pictures a split to draw, and as many to ask about")
     p.add_argument("--seeds", type=int, default=1, help="how many seeds")
+    p.add_argument("--first-seed", type=int, help="the first of them; 1000 if absent")
     p.add_argument("--guidance", type=float, help="the model's own if absent")
     p.add_argument("--blind", action="store_true", help="control: hide prompts and pictures")
     p.add_argument("--best-of", type=int, default=1, help="the model chooses among so many")

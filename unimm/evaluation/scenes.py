@@ -101,8 +101,10 @@ def evaluate(
     world: str | None = None,
     before: list[Any] | None = None,
     best_of: int = 1,
+    first_seed: int = Protocol.first_seed,
 ) -> dict[str, Any]:
-    """All scores of a model on Scenes, in 0..1, means over `seeds` runs on different scenes.
+    """All scores of a model on Scenes, in 0..1, means over `seeds` runs on different scenes, of
+    seeds `first_seed` and on.
 
     `blind`: the control, which draws without the prompt's words and answers about a grey picture.
     `before`: the "items" of another model's result; what changed is then in "paired".
@@ -116,6 +118,7 @@ def evaluate(
     protocol = Protocol(
         n=n,
         seeds=seeds,
+        first_seed=first_seed,
         world=world or usual("world", "scenes"),
         guidance=usual("guidance", 1.0) if guidance is None else guidance,
         edit_guidance=usual("edit_guidance", 1.0),

@@ -28,6 +28,7 @@ def evaluate(
     guidance: float | None = None,
     temperature: float | None = None,
     data: str = "",
+    first_seed: int = 1000,
 ) -> dict[str, Any]:
     """Scores in 0..1 by split ("train", "pairs", "names"), means over `seeds` samples of `n` each.
 
@@ -42,8 +43,8 @@ def evaluate(
         raise ValueError("say where the pictures are: --data DIR, as sprite_pictures.py makes it")
     pictures = Gallery(Path(data))
     runs = [
-        {s: score(model, pictures, s, n, 1000 + k, blind, guidance, temperature) for s in SPLITS}
-        for k in range(seeds)
+        {s: score(model, pictures, s, n, seed, blind, guidance, temperature) for s in SPLITS}
+        for seed in range(first_seed, first_seed + seeds)
     ]
     result: dict[str, Any] = {}
     for split in SPLITS:
