@@ -30,8 +30,10 @@ def pictures(name: str, task: str, text: str, weight: float) -> Source:
     return Source(captions, weight=weight, options=options)
 
 
+finetune = load_recipe(Path(__file__).with_name("finetune.py")).config
+greedy = {"temperature": 0.0, "guidance": 1.5}  # what is known by heart has one right code
 config = dataclasses.replace(
-    load_recipe(Path(__file__).with_name("finetune.py")).config,
+    finetune,
     init=f"{FOLDER}/base",
     out=f"{FOLDER}/model",
     train=((r"vision\..*", 1e-3), (r".*", 2e-3)),
@@ -52,4 +54,5 @@ config = dataclasses.replace(
     warmup=10,
     schedule="linear",
     compile=True,
+    options={**finetune.options, "sampling": {**finetune.options["sampling"], **greedy}},
 )
