@@ -164,6 +164,8 @@ def test_a_chat_changes_its_last_picture_and_draws_new_ones(model):
     assert np.array_equal(new["image"], model.edit(old, "make the star green"))
     same = np.equal(old["codes"], new["codes"])
     assert 35 < same.sum() < 64  # a square of at most five by five was drawn
+    gray = drawn(said(second, "Make the background gray."))
+    assert np.array_equal(gray["image"], model.edit(new, "make the background gray"))
     third = said(second, "now please draw a yellow square")
     assert check(np.asarray(drawn(third)["image"]), "a yellow square")
     fourth = said(third, "a small red heart on a mint background")

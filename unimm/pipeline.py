@@ -23,7 +23,9 @@ from unimm.model.unified import CODE, UnifiedModel
 
 BATCH = 16  # pictures drawn side by side
 ROOM = 8  # slots beside the codes of a picture in an answer
-NEW = re.compile(r"(draw|show|a picture of)\b")  # how what asks for a new picture begins
+NEW = re.compile(  # how what asks for a new picture begins
+    r"(draw|show|sketch|create|render|design|produce|generate|make (me )?an?|a picture of) "
+)
 
 
 class UniMM:
@@ -247,9 +249,9 @@ class UniMM:
         pictures = [part for part in parts if "image" in part]
         said = [part["text"] for part in checked(messages[-1])[1] if part["type"] == "text"]
         words = " ".join(said)
-        prompt = plain_prompt(words)
-        if not pictures or NEW.match(prompt) or parse(prompt):
-            return [user(checked_text(prompt, "message"))], ""
+        wish = plain_wish(words)
+        if not pictures or NEW.match(wish) or parse(wish):
+            return [user(checked_text(plain_prompt(words), "message"))], ""
         return self.edits([(pictures[-1], checked_text(words, "message"))])[0], "edit_"
 
     def _draw(
