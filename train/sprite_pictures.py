@@ -29,7 +29,7 @@ def main(
     background: str = "white",
     seed: int = 0,
 ) -> str:
-    """Make the splits that are not there yet; `few`: as many small ones, and as many of two."""
+    """Make all three splits; `few`: as many small ones, and as many of two."""
     if not index:
         raise ValueError("say where the cut-outs are: index=INDEX.jsonl")
     grounds = WORLDS["scenes"].backgrounds

@@ -12,7 +12,7 @@ from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
 from unimm.data.places import WHERE, around
-from unimm.data.processor import Message, Processor, TooLong, checked, draws, to_picture, user
+from unimm.data.processor import Message, Processor, TooLong, checked, to_picture, user
 from unimm.data.scenes import parse
 from unimm.data.wording import plain, plain_prompt, plain_wish
 from unimm.inference.engine import Answer, Engine, Request
@@ -206,15 +206,16 @@ class UniMM:
             raise ValueError("the message is empty: say what you want")
         sampling = (guidance, temperature, top_k, top_p)
         talk = self._recent([self._plainly(message) for message in messages])
-        found = self.engine.run(self._requests([talk], "any", seed), self._settings(*sampling))
-        message = self._message(found[0])
-        if self.sampling.get("plain") and draws(*checked(message)):
-            talk, kind = self._asked(talk)
-            found = self.engine.run(
-                self._requests([talk], "image", seed), self._settings(*sampling, kind)
-            )
-            message = self._message(found[0])
-        return [*messages, message]
+        requests, settings = self._requests([talk], "any", seed), self._settings(*sampling)
+        if not self.sampling.get("plain"):
+            return [*messages, self._message(self.engine.run(requests, settings)[0])]
+        for (answer,) in self.engine.stream(requests, settings):
+            if answer.codes:  # it draws: what was asked for, from its first code
+                asked, kind = self._asked(talk)
+                requests = self._requests([asked], "image", seed)
+                answer = self.engine.run(requests, self._settings(*sampling, kind))[0]
+                break
+        return [*messages, self._message(answer)]
 
     def _plain(self, text: str, way: Callable[[str], str]) -> str:
         """The text, put plainly for a model that knows nothing else; as it is where that is all."""
