@@ -17,8 +17,11 @@ from unimm.data.processor import assistant, user
 from unimm.data.scenes import (
     UNKNOWN_ANSWER,
     WORLDS,
+    Object,
+    Scene,
     describe,
     edit_kind,
+    fits,
     is_held_out,
     located,
     main_relation,
@@ -26,14 +29,18 @@ from unimm.data.scenes import (
     sample_scene,
     satisfies,
     unknown_question,
+    upright,
 )
 from unimm.data.scenes.language import raster
 from unimm.data.sources import (
     OFF,
     PictureStore,
     falsified,
+    sample_addition,
     scenes_captions,
     scenes_edits,
+    scenes_grounds,
+    scenes_layouts,
     scenes_located,
     scenes_pictures,
     scenes_unknown,
@@ -325,11 +332,58 @@ def test_instructions_that_say_where_come_as_often_as_is_said(store):
     assert 0.4 < offs[True] / offs.total() < 0.75  # half of them, and those at an edge
 
 
+def test_layouts_are_true_of_their_prompts():
+    """All looks and relations are as the prompt says, and every object is clear of the others."""
+    world, counts = WORLDS["scenes"], Counter()
+    for least in (0, 3):
+        source = scenes_layouts(RUN, least)
+        for i in range(80):
+            (asked,), (answer,) = (m["content"] for m in source[i]["messages"])
+            spec = parse(asked["text"].removeprefix("layout: "))
+            things = re.findall(r"(small|large) (\w+) (\w+) \((\d),(\d)\)", answer["text"])
+            ground = answer["text"].split(" on a ")[1].split()[0]
+            objects = tuple(
+                Object(shape, color, size, (int(c) - 0.5) / 8, (int(r) - 0.5) / 8)
+                for size, color, shape, c, r in things
+            )
+            assert satisfies(Scene(objects, ground), spec)
+            for k, o in enumerate(objects):
+                assert fits(world, o, objects[:k])
+            counts[least, len(objects)] += 1
+    assert {n for least, n in counts if least == 3} == {3, 4, 5}
+    assert {n for least, n in counts if least == 0} == {1, 2, 3, 4, 5}
+    assert source[3] == scenes_layouts(RUN, 3)[3] != source[4]
+
+
+def test_additions_begin_with_nothing_and_say_where(tmp_path):
+    store = PictureStore.build(tmp_path / "s", "scenes-mini", 400, 3, True, sample_addition)
+    before = Counter(len(store.scene(2 * k).objects) for k in range(200))
+    assert set(before) == {0, 1} and before[0] > 60 < before[1]
+    for k, words in enumerate(store.instructions):
+        old, new = store.scene(2 * k), store.scene(2 * k + 1)
+        assert new.objects[:-1] == old.objects and is_held_out(new) is None
+        assert [upright(o) for o in new.objects] == [*new.objects]
+        assert words == located(old, new) and around(words, (4, 4)).any()
+        assert (store.pictures[2 * k] != store.pictures[2 * k + 1]).any()
+
+
+def test_grounds_are_plain():
+    seen = set()
+    source = scenes_grounds(RUN, "scenes-mini")
+    for i in range(20):
+        (asked,), (drawn,) = (m["content"] for m in source[i]["messages"])
+        assert len(np.unique(drawn["image"].reshape(-1, 3), axis=0)) == 1
+        name = asked["text"].split()[2]
+        assert tuple(drawn["image"][0, 0]) == WORLDS["scenes-mini"].backgrounds[name]
+        seen.add(name)
+    assert seen == {"white", "gray"}
+
+
 def test_what_is_to_be_located_is_about_the_picture_that_is_shown(store):
     pictures = PictureStore(store / "pictures")
     source = scenes_located(RUN, store / "pictures", most=3, world="scenes-mini")
-    turns = Counter()
-    for i in range(40):
+    turns, room = Counter(), Counter()
+    for i in range(200):
         talk = source[i]["messages"]
         image, _ = talk[0]["content"]
         scene = scene_of(pictures, image["image"])
@@ -342,12 +396,16 @@ def test_what_is_to_be_located_is_about_the_picture_that_is_shown(store):
                 assert said.split()[-1] in words
                 continue
             if said.startswith("add"):
-                assert set(said.split()) - {"add"} <= set(words.split())
+                *named, where = said.split()
+                assert set(named) - {"add"} <= set(words.split())
+                c, r = ((int(n) - 0.5) / 8 for n in where[1:-1].split(","))
+                new = Object(named[4], named[3], named[2], c, r)
+                room[fits(WORLDS["scenes-mini"], new, scene.objects)] += 1
                 continue
             size, color, shape = re.search(r"(\w+) (\w+) (\w+) \(", said).groups()
             here = [o for o in scene.objects if (o.size, o.color, o.shape) == (size, color, shape)]
             assert here and shape in words
-    assert set(turns) == {1, 2, 3}
+    assert set(turns) == {1, 2, 3} and room[True] > 4 > room[False]
 
 
 def test_captions_of_three_objects_and_more(tmp_path):

@@ -391,11 +391,11 @@ def test_a_model_that_locates_edits_draws_by_its_own_words(tiny_unimm, monkeypat
         asked.extend(pairs)
         return ["make the red circle (3,4) blue", ""][: len(pairs)]
 
-    def draw(talks, settings, seed):
+    def draw(talks, settings, seeds):
         drawn.extend(
             part["text"] for talk in talks for part in talk[0]["content"] if "text" in part
         )
-        return talks
+        return [[0] * 16 for _ in talks]
 
     monkeypatch.setattr(tiny_unimm, "ask_all", ask_all)
     monkeypatch.setattr(tiny_unimm, "_draw", draw)

@@ -40,6 +40,9 @@ STAGES = {
     "edits.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
+    "layouts.py": {
+        "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
+    },
     "locate.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
@@ -54,8 +57,12 @@ def world(tmp_path_factory):
     """A tiny model and small stores with random codes (16 a picture)."""
     root = tmp_path_factory.mktemp("world")
     save_model(root / "model", *tiny_model(max_positions=1024))
-    for name, edited in (("store", False), ("edits", True)):
-        store = PictureStore.build(root / name, "scenes-mini", 24, edited=edited)
+    for name, edited, change in (
+        ("store", False, None),
+        ("edits", True, None),
+        ("additions", True, sources.sample_addition),
+    ):
+        store = PictureStore.build(root / name, "scenes-mini", 24, 0, edited, change)
         store.add_codes(encoder(load_model(root / "model")[1]))
     drawn = {"messages": [user("a star"), assistant({"codes": [*range(16)]})]}
     (root / "own.jsonl").write_text(json.dumps(drawn) + "\n")
@@ -69,6 +76,7 @@ def placed(recipe, root, **changes):
         "own.jsonl": str(root / "own.jsonl"),
         "runs/store": str(root / "store"),
         "runs/edits": str(root / "edits"),
+        "runs/additions": str(root / "additions"),
         "scenes": "scenes-mini",
         "mixed": "pairs",  # there are no three objects in scenes-mini
     }

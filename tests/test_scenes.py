@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from unimm.data import scenes as S
+from unimm.data.places import drawing_steps
 from unimm.data.scenes.language import NUMBERS, RELATION_PHRASES, plural
 from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.pipeline import BUNDLED
@@ -517,8 +518,10 @@ def test_located_instructions_say_what_is_meant_and_where(world):
             continue
         verb, *named = re.match(rf"(make|remove|add) (?:the|a) {thing}\b", said).groups()
         if verb == "add":
-            assert named == [getattr(after.objects[-1], n) for n in ("size", "color", "shape")]
-            assert len(said.split()) == 5
+            new = after.objects[-1]
+            assert named == [getattr(new, n) for n in ("size", "color", "shape")]
+            assert said.endswith(f" ({int(new.x * 8) + 1},{int(new.y * 8) + 1})")
+            assert len(said.split()) == 6
             continue
         column, row = (int(n) for n in re.search(r"\((\d),(\d)\)", said).groups())
         (o,) = [
@@ -539,6 +542,40 @@ def test_located_instructions_say_what_is_meant_and_where(world):
             assert said.endswith(")")
         assert tuple(left) == after.objects
     assert set(kinds) == {*S.EDITS}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_layout_says_all_that_a_prompt_leaves_open(world):
+    """Read again it is the scene, to within a place; things come in the order of the prompt."""
+    thing = r"an? (small|large) (\w+) (\w+) \((\d),(\d)\)"
+    scenes, rng = sample(world, 300, seed=16, split="train"), np.random.default_rng(16)
+    for scene, _, _ in scenes:
+        words = S.prompt(scene, rng)
+        spec = S.parse(words)
+        said = S.laid_out(scene, spec)
+        found = re.findall(thing, said)
+        looks = [(size, color, shape) for size, color, shape, _, _ in found]
+        assert Counter(looks) == Counter((o.size, o.color, o.shape) for o in scene.objects)
+        places = Counter((*look, int(c), int(r)) for *look, c, r in found)
+        true = (
+            (o.size, o.color, o.shape, int(o.x * 8) + 1, int(o.y * 8) + 1) for o in scene.objects
+        )
+        assert places == Counter(true)
+        assert said.endswith(f" on a {scene.background} background")
+        shapes = [shape for n, _, _, shape in spec.groups for _ in range(n)]
+        assert [shape for *_, shape in looks] == shapes
+        assert drawing_steps(said)[0] == f"a plain {scene.background} background"
+        after = scene.objects[0]
+        alone = replace(scene, objects=(after,))
+        assert S.located(replace(scene, objects=()), alone) in drawing_steps(said)
+        assert len(drawing_steps(said)) == 1 + len(scene.objects)
+        other = replace(
+            scene, background=next(b for b in S.WORLDS[world].backgrounds if b != scene.background)
+        )
+        if spec.background:
+            with pytest.raises(ValueError, match="not what the prompt says"):
+                S.laid_out(other, spec)
+    assert drawing_steps("i only know simple scenes") == []
 
 
 def test_edits_into_what_is_held_out():

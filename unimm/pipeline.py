@@ -11,7 +11,7 @@ from PIL import Image
 from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
-from unimm.data.places import WHERE, around
+from unimm.data.places import LAYOUT, WHERE, around, drawing_steps
 from unimm.data.processor import Message, Processor, TooLong, checked, to_picture, user
 from unimm.data.scenes import parse
 from unimm.data.wording import plain, plain_prompt, plain_wish
@@ -23,6 +23,7 @@ from unimm.model.unified import CODE, UnifiedModel
 
 BATCH = 16  # pictures drawn side by side
 ROOM = 8  # slots beside the codes of a picture in an answer
+Sampling = tuple[float | None, float | None, int, float]  # guidance, temperature, top_k, top_p
 NEW = re.compile(  # how what asks for a new picture begins
     r"(draw|show|sketch|create|render|design|produce|generate|make (me )?an?|a picture of) "
 )
@@ -98,7 +99,9 @@ class UniMM:
         if decoder == "diffusion":
             images = self._diffuse(texts, settings.guidance, steps, seed)
         elif decoder == "codes":
-            images = self._draw([[user(text)] for text in texts], settings, seed)
+            images = self.pictures(
+                self.draw_codes([[user(text)] for text in texts], settings, seed)
+            )
         else:
             raise ValueError(f"decoder is 'codes' or 'diffusion', not {decoder!r}")
         if best_of > 1:
@@ -118,12 +121,19 @@ class UniMM:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[Image.Image]:
-        """The picture as it comes, after every `every` codes; the last one is `generate`'s."""
+        """The picture as it comes, after every `every` codes; the last one is `generate`'s.
+
+        One of many things, which is drawn thing by thing, comes after each of these.
+        """
         if every < 1:
             raise ValueError("every must be 1 or more")
         words = self._plain(checked_text(prompt, "prompt"), plain_prompt)
-        request = self._requests([[user(words)]], "image", seed)
         settings = self._settings(guidance, temperature, top_k, top_p)
+        if steps := self._steps([words], [seed])[0]:
+            for pieces in self._piecewise([steps], [seed]):
+                yield self.pictures(pieces)[0]
+            return
+        request = self._requests([[user(words)]], "image", [seed])
         for answer in self.engine.stream(request, settings):
             codes = answer[0].codes
             if answer[0].done or len(codes) % every == 0:
@@ -141,12 +151,7 @@ class UniMM:
         """Many (picture, question) pairs at once; the same answers as one by one."""
         asked = [(open_image(i), checked_text(q, "question")) for i, q in pairs]
         talks = [[user(image, self._plain(words, plain))] for image, words in asked]
-        answers: list[str] = []
-        for start in range(0, len(talks), 4 * BATCH):
-            requests = self._requests(talks[start : start + 4 * BATCH], "text", 0)
-            found = self.engine.run(requests, Settings())
-            answers += [self.processor.text(answer.text) for answer in found]
-        return answers
+        return self._texts(talks, Settings(), [0] * len(talks))
 
     def edit(
         self,
@@ -161,7 +166,7 @@ class UniMM:
     ) -> Image.Image:
         """The picture with the change made."""
         settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_")
-        return self._draw(self.edits([(image, instruction)]), settings, seed)[0]
+        return self.pictures(self._draw(self.edits([(image, instruction)]), settings, [seed]))[0]
 
     def edits(self, pairs: Sequence[tuple[Any, str]]) -> list[list[Message]]:
         """The conversations that `edit` continues, of (picture, instruction) pairs.
@@ -204,17 +209,14 @@ class UniMM:
             raise ValueError("a chat ends with the user message that is to be answered")
         if not any(part.get("text", "image").strip() for part in checked(messages[-1])[1]):
             raise ValueError("the message is empty: say what you want")
-        sampling = (guidance, temperature, top_k, top_p)
+        sampling: Sampling = (guidance, temperature, top_k, top_p)
         talk = self._recent([self._plainly(message) for message in messages])
-        requests, settings = self._requests([talk], "any", seed), self._settings(*sampling)
+        requests, settings = self._requests([talk], "any", [seed]), self._settings(*sampling)
         if not self.sampling.get("plain"):
             return [*messages, self._message(self.engine.run(requests, settings)[0])]
         for (answer,) in self.engine.stream(requests, settings):
             if answer.codes:  # it draws: what was asked for, from its first code
-                asked, kind = self._asked(talk)
-                requests = self._requests([asked], "image", seed)
-                answer = self.engine.run(requests, self._settings(*sampling, kind))[0]
-                break
+                return [*messages, self._painted(talk, sampling, seed)]
         return [*messages, self._message(answer)]
 
     def _plain(self, text: str, way: Callable[[str], str]) -> str:
@@ -243,27 +245,93 @@ class UniMM:
             fitting.append(start)
         return messages[fitting[0] if fitting else -1 :]
 
-    def _asked(self, messages: list[Message]) -> tuple[list[Message], str]:
-        """What is to be drawn as a conversation of its own, and its kind of settings: a new
-        picture, or the last one with a change."""
+    def _painted(self, messages: list[Message], sampling: Sampling, seed: int) -> Message:
+        """The answer with what is to be drawn, for which all else that was said does not matter:
+        a new picture, or the last one with a change."""
         parts = [part for message in messages for part in checked(message)[1]]
         pictures = [part for part in parts if "image" in part]
         said = [part["text"] for part in checked(messages[-1])[1] if part["type"] == "text"]
         words = " ".join(said)
         wish = plain_wish(words)
         if not pictures or NEW.match(wish) or parse(wish):
-            return [user(checked_text(plain_prompt(words), "message"))], ""
-        return self.edits([(pictures[-1], checked_text(words, "message"))])[0], "edit_"
+            prompt = checked_text(plain_prompt(words), "message")
+            codes = self.draw_codes([[user(prompt)]], self._settings(*sampling), seed)
+        else:
+            talk = self.edits([(pictures[-1], checked_text(words, "message"))])
+            codes = self._draw(talk, self._settings(*sampling, "edit_"), [seed])
+        return self._message(Answer([(CODE, codes[0])]))
+
+    def draw_codes(
+        self, talks: Sequence[list[Message]], settings: Settings, seed: int
+    ) -> list[list[int]]:
+        """The codes of the pictures that answer conversations; picture k uses seed + k.
+
+        Where one is a prompt alone, of many things, it is drawn thing by thing (`generate`).
+        """
+        seeds = [seed + k for k in range(len(talks))]
+        prompts = {k: words for k, talk in enumerate(talks) if (words := prompt_of(talk))}
+        said = self._steps(list(prompts.values()), [seeds[k] for k in prompts])
+        steps = {k: pieces for k, pieces in zip(prompts, said, strict=True) if pieces}
+        whole = [k for k in range(len(talks)) if k not in steps]
+        drawn = self._draw([talks[k] for k in whole], settings, [seeds[k] for k in whole])
+        done, rest = dict(zip(whole, drawn, strict=True)), list(steps)
+        for start in range(0, len(rest), BATCH):
+            part = rest[start : start + BATCH]
+            for codes in self._piecewise([steps[k] for k in part], [seeds[k] for k in part]):
+                done |= zip(part, codes, strict=True)
+        return [done[k] for k in range(len(talks))]
+
+    def _steps(self, prompts: list[str], seeds: list[int]) -> list[list[str]]:
+        """What is drawn one after the other for each prompt, [] where it is all at once.
+
+        A model that has learned to ("layout_from" in its `sampling`, a number of things;
+        `scenes_layouts`) first says what is to be where: "a large cyan moon (2,3) and a small red
+        star (6,6) on a white background". Where that is so many things or more, it then draws
+        the background and adds each thing in its place, so that no code has to find out what
+        of all that the prompt names it belongs to.
+        """
+        if not (least := self.sampling.get("layout_from")):
+            return [[] for _ in prompts]
+        settings = Settings(text_temperature=self.sampling.get("layout_temperature", 0.5))
+        talks = [[user(LAYOUT + prompt)] for prompt in prompts]
+        steps = [drawing_steps(words) for words in self._texts(talks, settings, seeds)]
+        return [pieces if len(pieces) > least else [] for pieces in steps]
+
+    def _piecewise(self, steps: list[list[str]], seeds: list[int]) -> Iterator[list[list[int]]]:
+        """The codes of pictures after each of their steps: the background, then thing by thing."""
+        settings, grid = self._settings(None, None, 0, 1.0, "edit_"), self.processor.grid
+        codes = self._draw([[user(pieces[0])] for pieces in steps], settings, seeds)
+        yield codes
+        for at in range(1, max(map(len, steps))):
+            going = [k for k, pieces in enumerate(steps) if at < len(pieces)]
+            pictures = self.pictures([codes[k] for k in going])
+            talks = []
+            for k, picture in zip(going, pictures, strict=True):
+                words, shown = steps[k][at], {"image": picture, "codes": codes[k]}
+                talks.append(edit_messages(shown, words, around(words, grid)))
+            new = self._draw(talks, settings, [seeds[k] for k in going])
+            codes = [dict(zip(going, new, strict=True)).get(k, old) for k, old in enumerate(codes)]
+            yield codes
 
     def _draw(
-        self, conversations: list[list[Message]], settings: Settings, seed: int
-    ) -> list[Image.Image]:
-        images: list[Image.Image] = []
-        for start in range(0, len(conversations), BATCH):
-            part = conversations[start : start + BATCH]
-            answers = self.engine.run(self._requests(part, "image", seed + start), settings)
-            images += self.pictures([answer.codes for answer in answers])
-        return images
+        self, talks: list[list[Message]], settings: Settings, seeds: list[int]
+    ) -> list[list[int]]:
+        """The codes of the pictures that answer conversations."""
+        codes: list[list[int]] = []
+        for start in range(0, len(talks), BATCH):
+            part = slice(start, start + BATCH)
+            requests = self._requests(talks[part], "image", seeds[part])
+            codes += [answer.codes for answer in self.engine.run(requests, settings)]
+        return codes
+
+    def _texts(self, talks: list[list[Message]], settings: Settings, seeds: list[int]) -> list[str]:
+        """The words that answer conversations."""
+        words: list[str] = []
+        for start in range(0, len(talks), 4 * BATCH):
+            part = slice(start, start + 4 * BATCH)
+            requests = self._requests(talks[part], "text", seeds[part])
+            words += [self.processor.text(a.text) for a in self.engine.run(requests, settings)]
+        return words
 
     def _diffuse(
         self, texts: list[str], guidance: float, steps: int, seed: int
@@ -281,12 +349,14 @@ class UniMM:
         pixels = self._diffusion(texts, guidance=guidance, steps=steps, seed=seed)
         return [to_picture(p) for p in pixels]
 
-    def _requests(self, talks: list[list[Message]], mode: str, seed: int) -> list[Request]:
+    def _requests(
+        self, talks: list[list[Message]], mode: str, seeds: Sequence[int]
+    ) -> list[Request]:
         answer = "image" if mode == "image" else "text"
-        if not 0 <= seed < 2**63 - len(talks):
-            raise ValueError(f"a seed is a whole number from 0 to 2**63, not {seed}")
+        if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
+            raise ValueError(f"a seed is a whole number from 0 to 2**63, not {wrong[0]}")
         samples = [self.processor.encode(talk, answer) for talk in talks]
-        return [Request(sample, mode, seed + k) for k, sample in enumerate(samples)]
+        return [Request(sample, mode, s) for sample, s in zip(samples, seeds, strict=True)]
 
     def _settings(
         self,
@@ -309,7 +379,8 @@ class UniMM:
     def pictures(self, codes: Sequence[Sequence[int]]) -> list[Image.Image]:
         """The pictures of complete lists of codes."""
         dtype = self.model.decoder.norm.weight.dtype
-        return [to_picture(p) for p in self.processor.pixels(codes, dtype)]
+        parts = (codes[start : start + BATCH] for start in range(0, len(codes), BATCH))
+        return [to_picture(p) for part in parts for p in self.processor.pixels(part, dtype)]
 
     def _partial(self, codes: list[int]) -> Image.Image:
         """A picture of the codes so far; what is not drawn yet is light grey."""
@@ -342,6 +413,12 @@ def edit_messages(image: Any, instruction: str, redrawn: Any = None) -> list[Mes
     picture = {**as_part(image), "view": ["patches", "codes"]}
     picture |= {} if redrawn is None else {"redrawn": redrawn}
     return [user(checked_text(instruction, "instruction"), picture)]
+
+
+def prompt_of(talk: list[Message]) -> str:
+    """The words of a conversation that is one message of nothing else; "" of any other."""
+    parts = checked(talk[0])[1] if len(talk) == 1 else []
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else ""
 
 
 def as_part(image: Any) -> dict[str, Any]:

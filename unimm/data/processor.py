@@ -83,6 +83,17 @@ class Sample:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def drawn_on(self, codes: np.ndarray) -> "Sample":
+        """The sample with codes (k,) behind its last slot, as a drawing goes on."""
+        more = len(codes)
+        return replace(
+            self,
+            ids=np.concatenate([self.ids, codes]),
+            kind=np.concatenate([self.kind, np.full(more, CODE)]),
+            score=np.pad(self.score, (0, more)),
+            user_text=np.pad(self.user_text, (0, more)),
+        )
+
 
 class Processor:
     """Turns messages into samples and samples into batches.

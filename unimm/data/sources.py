@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from unimm.checkpoints.native import BUNDLED, load_model
 from unimm.data.codes import encoder
-from unimm.data.places import WHERE, around
+from unimm.data.places import LAYOUT, WHERE, around, plain_ground
 from unimm.data.processor import Message, assistant, user
 from unimm.data.scenes import (
     EDITS,
@@ -31,19 +31,23 @@ from unimm.data.scenes import (
     edit_kind,
     edits,
     express,
+    fits,
     from_array,
     is_held_out,
+    laid_out,
     located,
     main_relation,
     open_questions,
     parse,
     prompt,
     render,
+    sample_placed,
     sample_scene,
     satisfies,
     text_dialogue,
     to_array,
     unknown_question,
+    upright,
     yes_no_pairs,
 )
 from unimm.data.scenes.language import pick
@@ -55,6 +59,7 @@ ASK_CAPTION = (
     "caption this",
 )
 VALIDATION = 10**9  # sources give pictures that training never sees from this index on
+Change = Callable[[str, np.random.Generator], tuple[Scene, str, Scene]]
 OFF = ((0, 0), (0, 0), (0, 0), (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # columns, rows
 BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
 EQUAL = 0.5  # of the codes of a store, at least: bfloat16 changes some, another tokenizer all
@@ -93,9 +98,18 @@ class PictureStore:
 
     @classmethod
     def build(
-        cls, folder: str | Path, world: str, count: int, seed: int = 0, edited: bool = False
+        cls,
+        folder: str | Path,
+        world: str,
+        count: int,
+        seed: int = 0,
+        edited: bool = False,
+        change: "Change | None" = None,
     ) -> "PictureStore":
-        """Render `count` scenes (`edited`: in pairs of before and after), or open what is there."""
+        """Render `count` scenes, or open what is there.
+
+        `edited`: in pairs of before and after, as `change` makes them (None: `sample_edit`).
+        """
         folder = Path(folder)
         if not (folder / "done").exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +123,7 @@ class PictureStore:
                 rng = np.random.default_rng((seed, k, edited))
                 made = [sample_scene(WORLDS[world], rng)]
                 if edited:
-                    before, instruction, after = sample_edit(world, rng)
+                    before, instruction, after = (change or sample_edit)(world, rng)
                     words.append(instruction)
                     made = [before, after]
                 for offset, scene in enumerate(made):
@@ -527,10 +541,49 @@ def scenes_located(run: Any, store: str, most: int = 4, world: str = "scenes") -
         k = pictures.pick(rng, i)
         scene = pictures.scene(k)
         made = [edits(WORLDS[world], scene, rng) for _ in range(rng.integers(1, most + 1))]
+        made = [(words, with_room(scene, after, WORLDS[world], rng)) for words, after in made]
         turns = [(WHERE + words, located(scene, after)) for words, after in made]
         return _about(pictures.image(k, codes=False), turns)
 
     return Made(make, (run.seed, 11))
+
+
+def with_room(before: Scene, after: Scene, world: World, rng: np.random.Generator) -> Scene:
+    """The scene after an edit, with what it adds upright in a place that has room for it."""
+    if len(after.objects) <= len(before.objects):
+        return after
+    new, tries = after.objects[-1], rng.random((20, 2))
+    found = [upright(replace(new, x=float(x), y=float(y))) for x, y in tries]
+    o = next((o for o in found if fits(world, o, before.objects)), upright(new))
+    return replace(after, objects=(*before.objects, o))
+
+
+def scenes_layouts(run: Any, least: int = 0, world: str = "scenes") -> Made:
+    """A prompt, and what is to be where so that it comes true (`scenes.laid_out`): words alone.
+
+    `least`: so many objects or more, each number as often; 0 for a natural mix.
+    """
+
+    def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
+        count = int(rng.integers(least, WORLDS[world].max_objects + 1)) if least else None
+        scene = sample_placed(world, rng, count=count)
+        words = prompt(scene, rng)
+        spec = parse(words)
+        assert spec is not None, words
+        return _talk(user(LAYOUT + words), assistant(laid_out(scene, spec)))
+
+    return Made(make, (run.seed, 12, least))
+
+
+def scenes_grounds(run: Any, world: str = "scenes") -> Made:
+    """Pictures of nothing but a background, to begin a picture of many things with."""
+    grounds = {name: render(Scene((), name), world) for name in WORLDS[world].backgrounds}
+
+    def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
+        name = pick(tuple(grounds), rng)
+        return _talk(user(plain_ground(name)), assistant({"image": grounds[name]}))
+
+    return Made(make, (run.seed, 13))
 
 
 def scenes_chats(run: Any, store: str) -> Made:
@@ -606,6 +659,16 @@ def sample_edit(
             return before, *edits(WORLDS[world], before, rng, split=split)
         except ValueError:  # there are scenes in which nothing can be changed in this split
             continue
+
+
+def sample_addition(world: str, rng: np.random.Generator) -> tuple[Scene, str, Scene]:
+    """Some objects of a scene (`sample_placed`), the words that add one more at its place, and the
+    scene with it: after it there are one, two, ... as often."""
+    count = 1 + int(rng.integers(WORLDS[world].max_objects))
+    scene = sample_placed(world, rng, count=count)
+    objects = tuple(scene.objects[k] for k in rng.permutation(count))
+    before, after = replace(scene, objects=objects[:-1]), replace(scene, objects=objects)
+    return before, located(before, after), after
 
 
 def some_questions(

@@ -282,14 +282,14 @@ def draw(
     """One picture a conversation, uint8 (H, W, 3); `blind` hides the words of the prompt."""
     processor = model.processor
     for start in range(0, len(talks), BATCH):
-        requests = []
-        for k, talk in enumerate(talks[start : start + BATCH]):
-            sample = processor.encode(talk, "image")
-            sample = processor.unguided(sample) if blind else sample
-            requests.append(Request(sample, "image", seed + start + k))
-        answers = model.engine.run(requests, settings)
-        dtype = model.model.decoder.norm.weight.dtype
-        pixels = processor.pixels([answer.codes for answer in answers], dtype)
+        part = talks[start : start + BATCH]
+        if blind:
+            samples = [processor.unguided(processor.encode(talk, "image")) for talk in part]
+            requests = [Request(s, "image", seed + start + k) for k, s in enumerate(samples)]
+            codes = [answer.codes for answer in model.engine.run(requests, settings)]
+        else:
+            codes = model.draw_codes(part, settings, seed + start)
+        pixels = processor.pixels(codes, model.model.decoder.norm.weight.dtype)
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         yield from levels.permute(0, 2, 3, 1).numpy()
 

@@ -187,14 +187,21 @@ class _Job:
         self.fed: list[tuple[int, int]] = []  # ids and kinds that followed the prompt
         self.template = engine.processor.template
         self.per_image = engine.processor.codes_per_image if request.mode != "text" else 0
-        length, context = len(request.sample), engine.model.config.decoder.max_positions
-        least = self.per_image if self.drawing else 1
+        self.sample, kept = request.sample, request.sample.kept
+        self.rest = self.per_image  # codes from here on are not drawn but kept
+        if self.drawing and kept is not None and (kept < 0).any():
+            first, self.rest = (int(at) for at in np.flatnonzero(kept < 0)[[0, -1]] + (0, 1))
+            for code in kept[:first].tolist():  # they are read with the prompt
+                self.answer.add(CODE, code)
+            self.sample, self.drawn = self.sample.drawn_on(kept[:first]), first
+        length, context = len(self.sample), engine.model.config.decoder.max_positions
+        least = self.left() if self.drawing else 1
         if length + least > context:
             raise ValueError(
                 f"the prompt takes {length} slots and its answer at least {least}; "
                 f"the context of this model has {context}: shorten the prompt"
             )
-        budget = self.per_image if self.drawing else settings.max_text
+        budget = self.left() if self.drawing else settings.max_text
         budget += MAX_IMAGES * (self.per_image + 2) * (request.mode == "any")
         self.limit = min(context, length + budget)  # slots of its rows
         self.room = self.limit - length
@@ -211,7 +218,10 @@ class _Job:
     def add_code(self, code: int) -> tuple[int, int]:
         self.answer.add(CODE, code, new=self.drawn == 0)
         self.drawn += 1
-        if self.request.mode == "image" and self.drawn == self.per_image:
+        if self.request.mode == "image" and self.drawn == self.rest:
+            kept = self.request.sample.kept
+            for given in () if kept is None else kept[self.rest :].tolist():
+                self.answer.add(CODE, given)
             self.answer.done = True
         return self._follow(code, CODE)
 
@@ -300,9 +310,9 @@ class _Pool:
         """Prefill what waits. Its last hidden states by job, (1, D) a branch."""
         names, jobs = [n for n, _ in self.waiting], [job for _, job in self.waiting]
         self.waiting = []
-        samples = [job.request.sample for job in jobs]
+        samples = [job.sample for job in jobs]
         plan = [job for job in jobs if job.guided]
-        samples += [self.engine.processor.unguided(job.request.sample) for job in plan]
+        samples += [self.engine.processor.unguided(job.sample) for job in plan]
         limit = max(job.limit for job in jobs)
         begin = 0 if self.cache is None else self.cache.rows
         if self.cache is not None and begin:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unimm.data.processor import Processor, Sample
+from unimm.inference.products import OneDNN
 from unimm.model.decoder import KVCache
 from unimm.model.unified import SeenImage, UnifiedModel
 
@@ -96,7 +97,8 @@ class Prompts:
         batch = self.processor.collate(samples).to(device)
         lengths = torch.tensor([len(s) for s in samples], device=device)
         positions = cache.slots(batch.ids.shape[1])
-        hidden = self.model.decoder(self.model.embed(batch), positions, cache=cache)
+        with OneDNN():
+            hidden = self.model.decoder(self.model.embed(batch), positions, cache=cache)
         cache.advance(lengths)
         self.computed += int(lengths.sum())
         return hidden[torch.arange(len(samples), device=device), lengths - 1]

@@ -6,7 +6,7 @@ All but the checker needs numpy and Pillow only; the checker loads torch when it
 from typing import TYPE_CHECKING, Any
 
 from .drawing import render
-from .edits import EDITS, edit_holds, edit_kind, edits, located, misdirected
+from .edits import EDITS, edit_holds, edit_kind, edits, laid_out, located, misdirected
 from .hindsight import nearest, plain
 from .language import describe, express, prompt, task_prompt
 from .meaning import Spec, complete, parse, satisfies
@@ -23,7 +23,7 @@ from .questions import (
     yes_no_pairs,
 )
 from .references import refer
-from .sampling import TASKS, sample_scene
+from .sampling import TASKS, fits, sample_placed, sample_scene, upright
 from .unknown import UNKNOWN_ANSWER, unknown_question
 from .world import (
     ARRAY_LENGTH,
@@ -71,12 +71,14 @@ __all__ = [
     "edit_kind",
     "edits",
     "express",
+    "fits",
     "from_array",
     "get_world",
     "held_out_pair",
     "held_out_triple",
     "implied_questions",
     "is_held_out",
+    "laid_out",
     "located",
     "look",
     "main_relation",
@@ -93,12 +95,14 @@ __all__ = [
     "relation_holds",
     "render",
     "repaint",
+    "sample_placed",
     "sample_scene",
     "satisfies",
     "task_prompt",
     "text_dialogue",
     "to_array",
     "unknown_question",
+    "upright",
     "yes_no_pairs",
 ]
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from unimm.data.places import PLACES, place
 
-from .language import phrase, pick
+from .language import enumerate_words, phrase, pick, raster
+from .meaning import Spec, assigned
 from .references import refer
 from .sampling import fits, jitter
 from .world import SPLITS, Object, Scene, World, get_world, is_held_out
@@ -77,7 +78,8 @@ def located(before: Scene, after: Scene, off: tuple[int, int] = (0, 0)) -> str:
     "make the small red circle (5,3) a large red circle".
 
     The numbers are the place (`unimm.data.places`) of the object's centre, or, to learn from
-    mistakes, one that is `off` by so many columns and rows. What is new has no place yet.
+    mistakes, one that is `off` by so many columns and rows. What is new has the place where it is
+    to be: "add a small green star (2,7)".
     """
     kind = edit_kind(before, after)
     if kind == "background":
@@ -86,13 +88,31 @@ def located(before: Scene, after: Scene, off: tuple[int, int] = (0, 0)) -> str:
     new = next((o for o in after.objects if o not in before.objects), None)
     if old is None:
         assert new is not None
-        return f"add {_name(new)}"
+        return f"add {_placed(new)}"
     it = f"{_name(old, article=False)} {place(old.x + off[0] / PLACES, old.y + off[1] / PLACES)}"
     return f"remove the {it}" if new is None else f"make the {it} {_name(new)}"
 
 
+def laid_out(scene: Scene, spec: Spec) -> str:
+    """A scene with all that a prompt leaves open, in the order in which that names things:
+    "a large cyan moon (2,3) and a small red star (6,6) on a white background".
+
+    Equal ones come in the order of `raster`. Raises ValueError where the prompt is not true.
+    """
+    ordered = replace(scene, objects=tuple(sorted(scene.objects, key=raster)))
+    groups = assigned(ordered, spec)
+    if groups is None:
+        raise ValueError("the scene is not what the prompt says")
+    said = [_placed(o) for group in groups for o in group]
+    return f"{enumerate_words(said)} on a {scene.background} background"
+
+
 def _name(o: Object, article: bool = True) -> str:
     return phrase((1, o.size, o.color, o.shape), article=article)
+
+
+def _placed(o: Object) -> str:
+    return f"{_name(o)} {place(o.x, o.y)}"
 
 
 def edit_holds(before: Scene, found: Scene, after: Scene) -> bool:

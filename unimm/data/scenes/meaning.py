@@ -157,23 +157,32 @@ def _mentioned(
 def satisfies(scene: Scene, spec: Spec) -> bool:
     """Whether the scene is exactly what was said: every group with exactly its count of objects, no
     object left over, every stated attribute right and every stated relation true."""
+    return assigned(scene, spec) is not None
+
+
+def assigned(scene: Scene, spec: Spec) -> list[list[Object]] | None:
+    """The objects of each group, in the order of the scene; None where it is not what was said."""
     if spec.background not in (None, scene.background):
-        return False
+        return None
     slots = [i for i, group in enumerate(spec.groups) for _ in range(group[0])]
-    return len(slots) == len(scene.objects) and _assign(scene.objects, spec, slots, {})
+    if len(slots) != len(scene.objects):
+        return None
+    found = _assign(scene.objects, spec, slots, {})
+    return None if found is None else [found.get(i, []) for i in range(len(spec.groups))]
 
 
 def _assign(
     objects: tuple[Object, ...], spec: Spec, slots: list[int], members: dict[int, list[Object]]
-) -> bool:
-    """Whether the first object fits some free slot such that the others fit the rest."""
+) -> dict[int, list[Object]] | None:
+    """The members with every object in a free slot that it fits; None where that cannot be."""
     if not objects:
-        return all(
+        true = all(
             relation_holds(a, relation, b)
             for i, relation, j in spec.relations
             for a in members[i]
             for b in members[j]
         )
+        return members if true else None
     o, rest = objects[0], objects[1:]
     for i in set(slots):
         _, size, color, shape = spec.groups[i]
@@ -181,9 +190,10 @@ def _assign(
             continue
         left = slots.copy()
         left.remove(i)
-        if _assign(rest, spec, left, members | {i: [*members.get(i, []), o]}):
-            return True
-    return False
+        found = _assign(rest, spec, left, members | {i: [*members.get(i, []), o]})
+        if found is not None:
+            return found
+    return None
 
 
 def complete(spec: Spec, scene: Scene) -> bool:

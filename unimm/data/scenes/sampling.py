@@ -4,8 +4,12 @@ Objects are placed and refused one by one, which keeps a scene far under a milli
 """
 
 import math
+from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
+
+from unimm.data.places import PLACES
 
 from .language import pick
 from .world import (
@@ -54,6 +58,31 @@ def sample_scene(
             continue
         return scene
     raise ValueError(f"no scene found for split={split!r}, task={task!r}, count={count!r}")
+
+
+def sample_placed(
+    world: str | World, rng: np.random.Generator, *, count: int | None = None
+) -> Scene:
+    """A random scene of the train split, each object upright in the middle of its place.
+
+    So what is to be drawn follows from its words alone: "a small red star (6,6)". The places are
+    those of `unimm.data.places`.
+    """
+    world = get_world(world)
+    for _ in range(_TRIES):
+        scene = sample_scene(world, rng, count=count)
+        objects = tuple(map(upright, scene.objects))
+        others = [[p for p in objects if p is not o] for o in objects]
+        placed = replace(scene, objects=objects)
+        if all(map(fits, repeat(world), objects, others)) and is_held_out(placed) is None:
+            return placed
+    raise ValueError(f"no scene of {count} objects in the middle of their places was found")
+
+
+def upright(o: Object) -> Object:
+    """The object without jitter in the middle of its place."""
+    x, y = ((min(max(int(at * PLACES), 0), PLACES - 1) + 0.5) / PLACES for at in (o.x, o.y))
+    return Object(o.shape, o.color, o.size, round(x, 4), round(y, 4))
 
 
 def _refuse(world: World, split: str, task: str | None, count: int | None) -> None:

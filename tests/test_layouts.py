@@ -1,0 +1,120 @@
+"""Prompts of many things, drawn thing by thing as the model itself has laid them out in words."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from unimm.data.places import around
+from unimm.data.processor import user
+from unimm.inference.sampling import Settings
+from unimm.pipeline import UniMM, edit_messages
+
+SAID = {
+    "two": "a small red star (2,2) and a large blue ring (7,7) on a white background",
+    "one": "a small red star (2,2) on a white background",
+    "none": "i only know simple scenes",
+}
+SAMPLING = {"guidance": 2.0, "temperature": 1.0, "edit_guidance": 1.5, "edit_temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny model whose layouts are those of `SAID`; "asked" holds the settings they came with."""
+    model = UniMM(*tiny_model(max_positions=512), {**SAMPLING, "layout_from": 2})
+    texts, model.asked = model._texts, []
+
+    def said(talks, settings, seeds):
+        words = [talk[0]["content"][0]["text"] for talk in talks]
+        if not words[0].startswith("layout: "):
+            return texts(talks, settings, seeds)
+        model.asked.append((settings, seeds))
+        return [SAID[text.removeprefix("layout: ")] for text in words]
+
+    model._texts = said
+    return model
+
+
+def by_hand(model, seed):
+    """The codes of "two" by requests for one step after the other."""
+    settings = Settings(1.5, 0.0)
+    codes = model._draw([[user("a plain white background")]], settings, [seed])[0]
+    for words in ("add a small red star (2,2)", "add a large blue ring (7,7)"):
+        before, near = codes, around(words, model.processor.grid)
+        shown = {"image": model.pictures([codes])[0], "codes": codes}
+        codes = model._draw([edit_messages(shown, words, near)], settings, [seed])[0]
+        assert (np.array(codes)[~near] == np.array(before)[~near]).all() and codes != before
+    return codes
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_it_is_drawn_thing_by_thing(model):
+    picture = model.generate("two", seed=5)
+    assert same(picture, model.pictures([by_hand(model, 5)])[0])
+    settings, seeds = model.asked[-1]
+    assert settings.text_temperature == 0.5 and seeds == [5]
+
+
+def test_what_is_not_many_things_is_drawn_as_ever(model):
+    plain = UniMM(model.model, model.processor, SAMPLING)
+    for words in ("one", "none"):
+        assert same(model.generate(words, seed=3), plain.generate(words, seed=3))
+    assert not same(model.generate("two", seed=3), plain.generate("two", seed=3))
+
+
+def test_in_a_batch_each_is_what_it_is_alone(model):
+    words = ["one", "two", "none", "two"]
+    together = model.generate(words, n=2, seed=7)
+    for k, picture in enumerate(together):
+        assert same(picture, model.generate(words[k // 2], seed=7 + k)), k
+
+
+def test_a_stream_shows_every_thing_as_it_comes(model):
+    pictures = list(model.generate_stream("two", seed=5))
+    assert len(pictures) == 3 and same(pictures[-1], model.generate("two", seed=5))
+    assert not same(pictures[0], pictures[1])
+
+
+def test_a_chat_draws_the_same(model):
+    """Where the model begins to draw, and one in plain words does so by itself."""
+    talker = UniMM(model.model, model.processor, {**model.sampling, "plain": True})
+    talker._texts = model._texts
+    asked = user("two")
+
+    class Draws:
+        codes, text, parts, done = [1], [], [], False
+
+    stream = talker.engine.stream
+
+    def begins(requests, settings):
+        talker.engine.stream = stream
+        return iter([[Draws()]])
+
+    talker.engine.stream = begins
+    answer = talker.chat([asked], seed=5)[-1]
+    (part,) = answer["content"]
+    assert part["codes"] == by_hand(model, 5)
+    assert same(part["image"], model.generate("two", seed=5))
+
+
+def test_codes_that_are_kept_are_not_drawn_one_by_one(model, monkeypatch):
+    """Before the first that is drawn they are read with the prompt; behind the last it ends."""
+    processor, engine = model.processor, model.engine
+    given = list(range(16))
+    redrawn = np.isin(np.arange(16), (5, 6, 9))
+    shown = {"codes": given, "view": ["codes"], "redrawn": redrawn}
+    request = model._requests([[user("x", shown)]], "image", [4])[0]
+    steps = [len(answer[0].codes) for answer in engine.stream([request], Settings(2.0))]
+    assert steps == [6, 7, 8, 9, 16]
+    codes = engine.run([request], Settings(2.0))[0].codes
+    assert (np.array(codes)[~redrawn] == np.array(given)[~redrawn]).all()
+    free = dataclasses.replace(request, sample=dataclasses.replace(request.sample, kept=None))
+    first = dataclasses.replace(free.sample, kept=np.array([*given[:5], *[-1] * 11]))
+    assert (
+        engine.run([dataclasses.replace(free, sample=first)], Settings(2.0))[0].codes[5] == codes[5]
+    )
+    assert processor.codes_per_image == 16
