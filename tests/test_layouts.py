@@ -38,7 +38,7 @@ def model():
 
 def by_hand(model, seed):
     """The codes of "two" by requests for one step after the other."""
-    settings = Settings(1.5, 0.0)
+    settings = Settings(2.0, 1.0)
     codes = model._draw([[user("a plain white background")]], settings, [seed])[0]
     for words in ("add a small red star (2,2)", "add a large blue ring (7,7)"):
         before, near = codes, around(words, model.processor.grid)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 
 from unimm.data.places import around, place
-from unimm.data.processor import assistant, user
+from unimm.data.processor import MARKED, assistant, user
 from unimm.model.unified import CODE, PATCH, TEXT, Batch, UnifiedConfig, UnifiedModel
 
 
@@ -114,8 +114,17 @@ def test_what_is_redrawn_is_alone_learned_and_the_rest_kept(picture):
     begun = processor.encode(asked, "image")
     assert (begun.kept == np.where(redrawn, -1, codes)).all()
     assert (processor.unguided(begun).kept == begun.kept).all()
+    marked = processor.encode([user("a", {**part, "redrawn": redrawn, "view": MARKED})], "image")
+    shown, marks = np.split(np.flatnonzero(marked.kind == CODE)[0] + np.arange(33), [16])
+    assert (marked.ids[shown] == codes).all() and (marked.kind[marks[1:]] == TEXT).all()
+    signs = np.where(redrawn, processor.template.begin_image, processor.template.pad)
+    assert (marked.ids[marks[1:]] == signs).all()
+    assert (processor.unguided(marked).ids[marks[1:]] == signs).all() and not marked.images
+    assert (marked.kept == begun.kept).all()
     for talk, ending in ((plain, "image"), (asked, "text"), ([*asked, user("b")], None)):
         assert processor.encode(talk, ending).kept is None
+    with pytest.raises(ValueError, match="view holds codes, patches, redrawn, not"):
+        processor.encode([user({**part, "view": ["pixels"]})], "image")
     with pytest.raises(ValueError, match="redrawn says of each of 16 codes"):
         processor.encode([user({**part, "redrawn": [True]})], "image")
 

@@ -32,6 +32,7 @@ config = Run(
         "previews": 8,
         "guidance": 2.0,
         "code_rows_only": False,
-        "sampling": {"plain": False, "edit_located": False},  # which are of Scenes
+        # What is of Scenes:
+        "sampling": {"plain": False, "edit_located": False, "layout_from": 0},
     },
 )

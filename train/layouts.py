@@ -16,35 +16,43 @@ from unimm.config import Source, load_recipe
 from unimm.data.sources import scenes_edits, scenes_grounds, scenes_layouts
 
 edits = load_recipe(Path(__file__).with_name("edits.py")).config
+talks = load_recipe(Path(__file__).with_name("talks.py")).config
 WEIGHTS = {
-    "layouts": 4.0,
-    "layouts_many": 3.0,
-    "additions": 4.0,
-    "grounds": 0.2,
-    "edits": 2.0,
+    "additions": 6.0,
+    "edits": 4.0,
+    "layouts": 2.0,
+    "layouts_many": 2.0,
     "located": 2.0,
     "own": 2.5,
-    "questions": 1.5,
-    "captions": 0.7,
-    "mixed": 0.7,
-    "relations": 0.4,
+    "grounds": 0.2,
+    "questions": 3.5,
+    "relations": 1.0,
+    "captions": 1.2,
+    "mixed": 1.0,
+    "several": 1.0,
     "unknown": 0.3,
+    "chats": 0.2,
 }
 kinds = {**edits.data["edits"].options["kinds"], "add": 0.0}  # these are in "additions"
 changes = {**edits.data["edits"].options, "kinds": kinds}
+absent = {**talks.data["questions"].options, "absent": 0.25}
 sources = {
-    **edits.data,
+    **talks.data,
     "layouts": Source(scenes_layouts),
     "layouts_many": Source(scenes_layouts, options={"least": 3}),
     "additions": Source(scenes_edits, options={"store": "runs/additions", "located_share": 1.0}),
     "edits": dataclasses.replace(edits.data["edits"], options=changes),
     "grounds": Source(scenes_grounds),
+    "questions": dataclasses.replace(edits.data["questions"], options=absent),
 }
 
 config = dataclasses.replace(
     edits,
     out="runs/layouts",
+    train=((r"vision\..*", 5e-4), (r".*", 1.5e-3)),
     data={name: dataclasses.replace(sources[name], weight=w) for name, w in WEIGHTS.items()},
-    steps=400,
+    steps=520,
     batch_size=96,
+    options={**edits.options, "sampling": {"edit_located": True, "layout_from": 2}},
+    kind_weights={"text": 3.0, "code": 1.0},  # a layout is many words
 )

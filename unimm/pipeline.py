@@ -12,7 +12,16 @@ from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
 from unimm.data.places import LAYOUT, WHERE, around, drawing_steps
-from unimm.data.processor import Message, Processor, TooLong, checked, to_picture, user
+from unimm.data.processor import (
+    BOTH,
+    MARKED,
+    Message,
+    Processor,
+    TooLong,
+    checked,
+    to_picture,
+    user,
+)
 from unimm.data.scenes import parse
 from unimm.data.wording import plain, plain_prompt, plain_wish
 from unimm.inference.engine import Answer, Engine, Request
@@ -130,7 +139,7 @@ class UniMM:
         words = self._plain(checked_text(prompt, "prompt"), plain_prompt)
         settings = self._settings(guidance, temperature, top_k, top_p)
         if steps := self._steps([words], [seed])[0]:
-            for pieces in self._piecewise([steps], [seed]):
+            for pieces in self._piecewise([steps], settings, [seed]):
                 yield self.pictures(pieces)[0]
             return
         request = self._requests([[user(words)]], "image", [seed])
@@ -277,7 +286,8 @@ class UniMM:
         done, rest = dict(zip(whole, drawn, strict=True)), list(steps)
         for start in range(0, len(rest), BATCH):
             part = rest[start : start + BATCH]
-            for codes in self._piecewise([steps[k] for k in part], [seeds[k] for k in part]):
+            pieces, its = [steps[k] for k in part], [seeds[k] for k in part]
+            for codes in self._piecewise(pieces, settings, its):
                 done |= zip(part, codes, strict=True)
         return [done[k] for k in range(len(talks))]
 
@@ -297,9 +307,11 @@ class UniMM:
         steps = [drawing_steps(words) for words in self._texts(talks, settings, seeds)]
         return [pieces if len(pieces) > least else [] for pieces in steps]
 
-    def _piecewise(self, steps: list[list[str]], seeds: list[int]) -> Iterator[list[list[int]]]:
+    def _piecewise(
+        self, steps: list[list[str]], settings: Settings, seeds: list[int]
+    ) -> Iterator[list[list[int]]]:
         """The codes of pictures after each of their steps: the background, then thing by thing."""
-        settings, grid = self._settings(None, None, 0, 1.0, "edit_"), self.processor.grid
+        grid = self.processor.grid
         codes = self._draw([[user(pieces[0])] for pieces in steps], settings, seeds)
         yield codes
         for at in range(1, max(map(len, steps))):
@@ -410,7 +422,7 @@ def edit_messages(image: Any, instruction: str, redrawn: Any = None) -> list[Mes
     So a code of the answer is as far from the picture's own at its place, whatever is said.
     `redrawn`: which codes of the picture are drawn anew, bool (codes,); None: all.
     """
-    picture = {**as_part(image), "view": ["patches", "codes"]}
+    picture = {**as_part(image), "view": BOTH if redrawn is None else MARKED}
     picture |= {} if redrawn is None else {"redrawn": redrawn}
     return [user(checked_text(instruction, "instruction"), picture)]
 

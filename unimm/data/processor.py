@@ -63,6 +63,11 @@ class TooLong(ValueError):
     """A conversation is longer than the context of the model."""
 
 
+VIEWS = {"patches", "codes", "redrawn"}  # the last: of each code, whether it is drawn anew
+BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
+MARKED = ["codes", "redrawn"]  # the same, where some of its codes are kept
+
+
 @dataclass
 class Sample:
     """One conversation as slots; arrays of length T.
@@ -329,6 +334,11 @@ class Processor:
             default = ["codes", "patches"]
         view = [way for way in part.get("view") or default if way != "patches" or self.seen_tokens]
         for way in view or ["codes"]:
+            if way == "redrawn":
+                redrawn = self._redrawn(part, self.codes_per_image)
+                marks = np.where(True if redrawn is None else redrawn, t.begin_image, t.pad)
+                slots.text(marks.tolist())
+                continue
             slots.text([t.begin_image], scored=scored and way == "codes")
             if way == "codes":
                 codes = part.get("codes")
@@ -466,8 +476,8 @@ def checked(message: Message) -> tuple[str, list[dict[str, Any]]]:
         if "image" in part and not isinstance(part["image"], PICTURES):
             raise ValueError(f"an image is a path, a picture or an array, not {part['image']!r}")
         view = part.get("view") or []
-        if not isinstance(view, list | tuple) or not {*map(str, view)} <= {"patches", "codes"}:
-            raise ValueError(f"an image's view holds 'patches' and 'codes', not {view!r}")
+        if not isinstance(view, list | tuple) or not {*map(str, view)} <= VIEWS:
+            raise ValueError(f"an image's view holds {', '.join(sorted(VIEWS))}, not {view!r}")
     return role, list(content)
 
 

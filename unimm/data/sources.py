@@ -19,7 +19,7 @@ from tqdm import tqdm
 from unimm.checkpoints.native import BUNDLED, load_model
 from unimm.data.codes import encoder
 from unimm.data.places import LAYOUT, WHERE, around, plain_ground
-from unimm.data.processor import Message, assistant, user
+from unimm.data.processor import BOTH, MARKED, Message, assistant, user
 from unimm.data.scenes import (
     EDITS,
     WORLDS,
@@ -61,7 +61,6 @@ ASK_CAPTION = (
 VALIDATION = 10**9  # sources give pictures that training never sees from this index on
 Change = Callable[[str, np.random.Generator], tuple[Scene, str, Scene]]
 OFF = ((0, 0), (0, 0), (0, 0), (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # columns, rows
-BOTH = ["patches", "codes"]  # how a picture that is to be edited is shown
 EQUAL = 0.5  # of the codes of a store, at least: bfloat16 changes some, another tokenizer all
 EXCHANGES = ("places", "colors", "colors")  # ways to say something false of a scene, as often
 FALSE = (*EXCHANGES, "places", "same", "unlike", "shape", "color", "size", "number")
@@ -518,7 +517,7 @@ def scenes_edits(
             redrawn = around(words, grid)
             if redrawn is not None:
                 codes = np.where(redrawn, after["codes"], before["codes"])
-                before |= {"redrawn": redrawn}
+                before |= {"redrawn": redrawn, "view": MARKED}
                 after = {"codes": codes, "redrawn": redrawn}
         talk = _talk(user(words, before), assistant(after))
         if rng.random() < rivals:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from unimm.data.codes import encoder
 from unimm.data.places import around
-from unimm.data.processor import Message, assistant, user
+from unimm.data.processor import BOTH, MARKED, Message, assistant, user
 from unimm.data.scenes import (
     TASKS,
     UNKNOWN,
@@ -47,7 +47,7 @@ from unimm.data.scenes import (
     task_prompt,
     to_array,
 )
-from unimm.data.sources import BOTH, sample_edit
+from unimm.data.sources import sample_edit
 from unimm.inference.engine import Request
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
@@ -108,7 +108,7 @@ def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Ro
         old, new = (model.processor.codes(render(s, world)).tolist() for s in (before, after))
         shown: Message = {"codes": old, "view": BOTH}
         if (redrawn := around(words, model.processor.grid)) is not None:
-            shown |= {"redrawn": redrawn.tolist()}
+            shown |= {"redrawn": redrawn.tolist(), "view": MARKED}
         row: Row = {"prompt": [user(words, shown)]}
         row |= {"answers": [[assistant({"codes": new})]], "given": 1}
         rows.append({**row, "scenes": [to_array(s).tolist() for s in (before, after)]})
