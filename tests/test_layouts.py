@@ -1,14 +1,14 @@
 """Prompts of many things, drawn thing by thing as the model itself has laid them out in words."""
 
-import dataclasses
-
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_model
 
 from unimm.data.places import around
 from unimm.data.processor import user
 from unimm.inference.sampling import Settings
+from unimm.model.unified import CODE, Batch
 from unimm.pipeline import UniMM, edit_messages
 
 SAID = {
@@ -16,7 +16,7 @@ SAID = {
     "one": "a small red star (2,2) on a white background",
     "none": "i only know simple scenes",
 }
-SAMPLING = {"guidance": 2.0, "temperature": 1.0, "edit_guidance": 1.5, "edit_temperature": 0.0}
+SAMPLING = {"guidance": 2.0, "temperature": 0.0, "edit_guidance": 1.5, "edit_temperature": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +36,16 @@ def model():
     return model
 
 
-def by_hand(model, seed):
+def by_hand(model, seed, temperature=0.0):
     """The codes of "two" by requests for one step after the other."""
-    settings = Settings(2.0, 1.0)
+    settings = Settings(2.0, temperature)
     codes = model._draw([[user("a plain white background")]], settings, [seed])[0]
     for words in ("add a small red star (2,2)", "add a large blue ring (7,7)"):
         before, near = codes, around(words, model.processor.grid)
         shown = {"image": model.pictures([codes])[0], "codes": codes}
         codes = model._draw([edit_messages(shown, words, near)], settings, [seed])[0]
-        assert (np.array(codes)[~near] == np.array(before)[~near]).all() and codes != before
+        assert (np.array(codes)[~near] == np.array(before)[~near]).all()
+        assert temperature or codes != before
     return codes
 
 
@@ -57,6 +58,8 @@ def test_it_is_drawn_thing_by_thing(model):
     assert same(picture, model.pictures([by_hand(model, 5)])[0])
     settings, seeds = model.asked[-1]
     assert settings.text_temperature == 0.5 and seeds == [5]
+    warm = model.generate("two", seed=6, temperature=1.0)
+    assert same(warm, model.pictures([by_hand(model, 6, 1.0)])[0]) and not same(warm, picture)
 
 
 def test_what_is_not_many_things_is_drawn_as_ever(model):
@@ -101,20 +104,22 @@ def test_a_chat_draws_the_same(model):
     assert same(part["image"], model.generate("two", seed=5))
 
 
-def test_codes_that_are_kept_are_not_drawn_one_by_one(model, monkeypatch):
+def test_codes_that_are_kept_are_not_drawn_one_by_one(model):
     """Before the first that is drawn they are read with the prompt; behind the last it ends."""
-    processor, engine = model.processor, model.engine
-    given = list(range(16))
-    redrawn = np.isin(np.arange(16), (5, 6, 9))
+    given, redrawn = np.arange(16), np.isin(np.arange(16), (5, 6, 9))
     shown = {"codes": given, "view": ["codes"], "redrawn": redrawn}
-    request = model._requests([[user("x", shown)]], "image", [4])[0]
-    steps = [len(answer[0].codes) for answer in engine.stream([request], Settings(2.0))]
+    (request,) = model._requests([[user("x", shown)]], "image", [4])
+    settings = Settings(1.0, 0.0)
+    steps = [len(answer[0].codes) for answer in model.engine.stream([request], settings)]
     assert steps == [6, 7, 8, 9, 16]
-    codes = engine.run([request], Settings(2.0))[0].codes
-    assert (np.array(codes)[~redrawn] == np.array(given)[~redrawn]).all()
-    free = dataclasses.replace(request, sample=dataclasses.replace(request.sample, kept=None))
-    first = dataclasses.replace(free.sample, kept=np.array([*given[:5], *[-1] * 11]))
-    assert (
-        engine.run([dataclasses.replace(free, sample=first)], Settings(2.0))[0].codes[5] == codes[5]
-    )
-    assert processor.codes_per_image == 16
+    (answer,) = model.engine.run([request], settings)
+    assert (np.array(answer.codes)[~redrawn] == given[~redrawn]).all()
+    rows = model.processor.collate([request.sample])
+    for at in np.flatnonzero(redrawn):
+        codes = torch.tensor([answer.codes[:at]])
+        ids, kind = torch.cat([rows.ids, codes], 1), torch.full_like(codes, CODE)
+        kind, slots = torch.cat([rows.kind, kind], 1), torch.arange(ids.shape[1])[None]
+        batch = Batch(ids, kind, slots, torch.zeros(ids.shape), [])
+        with torch.inference_mode():
+            hidden = model.model.decoder(model.model.embed(batch), slots)
+            assert int(model.model.logits(hidden[:, -1], CODE).argmax()) == answer.codes[at]
