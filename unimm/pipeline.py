@@ -316,11 +316,11 @@ class UniMM:
         yield codes
         for at in range(1, max(map(len, steps))):
             going = [k for k, pieces in enumerate(steps) if at < len(pieces)]
-            pictures = self.pictures([codes[k] for k in going])
             talks = []
-            for k, picture in zip(going, pictures, strict=True):
-                words, shown = steps[k][at], {"image": picture, "codes": codes[k]}
-                talks.append(edit_messages(shown, words, around(words, grid)))
+            for k in going:
+                redrawn = around(steps[k][at], grid)
+                shown = {"codes": codes[k], "view": MARKED, "redrawn": redrawn}
+                talks.append([user(steps[k][at], shown)])
             new = self._draw(talks, settings, [seeds[k] for k in going])
             codes = [dict(zip(going, new, strict=True)).get(k, old) for k, old in enumerate(codes)]
             yield codes
