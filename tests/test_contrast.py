@@ -332,27 +332,49 @@ def test_instructions_that_say_where_come_as_often_as_is_said(store):
     assert 0.4 < offs[True] / offs.total() < 0.75  # half of them, and those at an edge
 
 
+def asked_and_laid_out(messages):
+    """The meaning of the prompt, and the scene of its layout."""
+    (asked,), (answer,) = (m["content"] for m in messages)
+    things = re.findall(r"(small|large) (\w+) (\w+) \((\d),(\d)\)", answer["text"])
+    ground = answer["text"].split(" on a ")[1].split()[0]
+    objects = tuple(
+        Object(shape, color, size, (int(c) - 0.5) / 8, (int(r) - 0.5) / 8)
+        for size, color, shape, c, r in things
+    )
+    assert asked["text"].startswith("layout: ")
+    return parse(asked["text"].removeprefix("layout: ")), Scene(objects, ground)
+
+
 def test_layouts_are_true_of_their_prompts():
     """All looks and relations are as the prompt says, and every object is clear of the others."""
     world, counts = WORLDS["scenes"], Counter()
-    for least in (0, 3):
-        source = scenes_layouts(RUN, least)
+    for least, related in ((0, False), (3, False), (0, True)):
+        source = scenes_layouts(RUN, least, related)
         for i in range(80):
-            (asked,), (answer,) = (m["content"] for m in source[i]["messages"])
-            spec = parse(asked["text"].removeprefix("layout: "))
-            things = re.findall(r"(small|large) (\w+) (\w+) \((\d),(\d)\)", answer["text"])
-            ground = answer["text"].split(" on a ")[1].split()[0]
-            objects = tuple(
-                Object(shape, color, size, (int(c) - 0.5) / 8, (int(r) - 0.5) / 8)
-                for size, color, shape, c, r in things
+            spec, scene = asked_and_laid_out(source[i]["messages"])
+            assert satisfies(scene, spec) and is_held_out(scene) is None
+            assert bool(spec.relations) or not related
+            for k, o in enumerate(scene.objects):
+                assert fits(world, o, scene.objects[:k])
+            counts[least, related, len(scene.objects)] += 1
+    assert {n for least, _, n in counts if least == 3} == {3, 4, 5}
+    assert {n for least, related, n in counts if not least and not related} == {1, 2, 3, 4, 5}
+    assert {n for _, related, n in counts if related} == {2}
+    assert source[3] == scenes_layouts(RUN, 0, True)[3] != source[4]
+
+
+def test_a_layout_is_told_from_one_of_the_opposite_relation():
+    source, rivals = scenes_layouts(RUN, related=True), 0
+    for i in range(60):
+        talk = source[i]
+        if "false_messages" in talk:
+            (true, scene), (false, same) = map(
+                asked_and_laid_out, (talk["messages"], talk["false_messages"])
             )
-            assert satisfies(Scene(objects, ground), spec)
-            for k, o in enumerate(objects):
-                assert fits(world, o, objects[:k])
-            counts[least, len(objects)] += 1
-    assert {n for least, n in counts if least == 3} == {3, 4, 5}
-    assert {n for least, n in counts if least == 0} == {1, 2, 3, 4, 5}
-    assert source[3] == scenes_layouts(RUN, 3)[3] != source[4]
+            assert same == scene and not satisfies(scene, false)
+            assert false.groups == true.groups and false.relations != true.relations
+            rivals += 1
+    assert rivals > 40
 
 
 def test_additions_begin_with_nothing_and_say_where(tmp_path):

@@ -557,21 +557,42 @@ def with_room(before: Scene, after: Scene, world: World, rng: np.random.Generato
     return replace(after, objects=(*before.objects, o))
 
 
-def scenes_layouts(run: Any, least: int = 0, world: str = "scenes") -> Made:
+def scenes_layouts(run: Any, least: int = 0, related: bool = False, world: str = "scenes") -> Made:
     """A prompt, and what is to be where so that it comes true (`scenes.laid_out`): words alone.
 
-    `least`: so many objects or more, each number as often; 0 for a natural mix.
+    `least`: so many objects or more, each number as often; 0 for a natural mix. `related`: two
+    objects with their relation told, and as "false_messages" the same layout of a prompt with the
+    opposite one (see `training.contrast`).
     """
 
+    def say(scene: Scene, rng: np.random.Generator) -> str:
+        if not related:
+            return prompt(scene, rng)
+        size, background, partly = (bool(rng.random() < share) for share in (0.3, 0.3, 0.3))
+        color = 0.5 if partly else 1.0
+        return express(scene, rng, size=size, color=color, background=background, relation=True)
+
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
+        task = "position" if related else None
         count = int(rng.integers(least, WORLDS[world].max_objects + 1)) if least else None
-        scene = sample_placed(world, rng, count=count)
-        words = prompt(scene, rng)
+        scene = sample_placed(world, rng, task=task, count=count)
+        key = int(rng.integers(2**32))  # true and false prompt are worded in the same way
+        words = say(scene, np.random.default_rng(key))
         spec = parse(words)
         assert spec is not None, words
-        return _talk(user(LAYOUT + words), assistant(laid_out(scene, spec)))
+        layout = assistant(laid_out(scene, spec))
+        talk = _talk(user(LAYOUT + words), layout)
+        if related:
+            a, b = scene.objects
+            moved = (replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y))
+            false = replace(scene, objects=moved)
+            other = say(false, np.random.default_rng(key))
+            untrue = parse(other)
+            if untrue and not satisfies(scene, untrue) and not is_held_out(false):
+                talk["false_messages"] = [user(LAYOUT + other), layout]
+        return talk
 
-    return Made(make, (run.seed, 12, least))
+    return Made(make, (run.seed, 12, least, related))
 
 
 def scenes_grounds(run: Any, world: str = "scenes") -> Made:

@@ -61,7 +61,11 @@ def sample_scene(
 
 
 def sample_placed(
-    world: str | World, rng: np.random.Generator, *, count: int | None = None
+    world: str | World,
+    rng: np.random.Generator,
+    *,
+    task: str | None = None,
+    count: int | None = None,
 ) -> Scene:
     """A random scene of the train split, each object upright in the middle of its place.
 
@@ -70,11 +74,13 @@ def sample_placed(
     """
     world = get_world(world)
     for _ in range(_TRIES):
-        scene = sample_scene(world, rng, count=count)
+        scene = sample_scene(world, rng, task=task, count=count)
         objects = tuple(map(upright, scene.objects))
         others = [[p for p in objects if p is not o] for o in objects]
         placed = replace(scene, objects=objects)
-        if all(map(fits, repeat(world), objects, others)) and is_held_out(placed) is None:
+        apart = task != "position" or main_relation(*objects) is not None
+        fitting = apart and all(map(fits, repeat(world), objects, others))
+        if fitting and is_held_out(placed) is None:
             return placed
     raise ValueError(f"no scene of {count} objects in the middle of their places was found")
 
