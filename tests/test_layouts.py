@@ -39,7 +39,8 @@ def model():
 def by_hand(model, seed, temperature=0.0):
     """The codes of "two" by requests for one step after the other."""
     settings = Settings(2.0, temperature)
-    codes = model._draw([[user("a plain white background")]], settings, [seed])[0]
+    ground = [user("a plain white background")]
+    codes = model._draw([ground], Settings(2.0, 0.0), [0])[0]
     for words in ("add a small red star (2,2)", "add a large blue ring (7,7)"):
         before, near = codes, around(words, model.processor.grid)
         shown = {"image": model.pictures([codes])[0], "codes": codes}
@@ -60,6 +61,27 @@ def test_it_is_drawn_thing_by_thing(model):
     assert settings.text_temperature == 0.5 and seeds == [5]
     warm = model.generate("two", seed=6, temperature=1.0)
     assert same(warm, model.pictures([by_hand(model, 6, 1.0)])[0]) and not same(warm, picture)
+
+
+def test_a_background_is_drawn_once_for_the_same_weights(model):
+    model.generate("two", seed=1)
+    drawn, draw = [], model._draw
+
+    def watched(talks, settings, seeds):
+        drawn.extend(talk[0]["content"][0]["text"] for talk in talks)
+        return draw(talks, settings, seeds)
+
+    model._draw = watched
+    first = model.generate("two", seed=1)
+    assert drawn and "a plain white background" not in drawn
+    with torch.no_grad():
+        model.model.image_head.out.weight.mul_(-1.0)
+    other = model.generate("two", seed=1)
+    assert drawn.count("a plain white background") == 1 and not same(first, other)
+    with torch.no_grad():
+        model.model.image_head.out.weight.mul_(-1.0)
+    model._draw = draw
+    assert same(model.generate("two", seed=1), first)
 
 
 def test_what_is_not_many_things_is_drawn_as_ever(model):
@@ -105,13 +127,14 @@ def test_a_chat_draws_the_same(model):
 
 
 def test_codes_that_are_kept_are_not_drawn_one_by_one(model):
-    """Before the first that is drawn they are read with the prompt; behind the last it ends."""
+    """Before the first that is drawn they are read with the prompt, between two they go in with
+    the first of these, and behind the last it ends."""
     given, redrawn = np.arange(16), np.isin(np.arange(16), (5, 6, 9))
     shown = {"codes": given, "view": ["codes"], "redrawn": redrawn}
     (request,) = model._requests([[user("x", shown)]], "image", [4])
     settings = Settings(1.0, 0.0)
     steps = [len(answer[0].codes) for answer in model.engine.stream([request], settings)]
-    assert steps == [6, 7, 8, 9, 16]
+    assert steps == [6, 7, 16]  # two between are fed with the one before them
     (answer,) = model.engine.run([request], settings)
     assert (np.array(answer.codes)[~redrawn] == given[~redrawn]).all()
     rows = model.processor.collate([request.sample])

@@ -27,6 +27,7 @@ from unimm.data.wording import plain, plain_prompt, plain_wish
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement
+from unimm.inference.kernel import signature
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
 
@@ -52,6 +53,7 @@ class UniMM:
         self.sampling = sampling or {}
         self.folder: Path | None = None  # where a diffusion decoder may lie
         self._diffusion: Any = None  # the pipeline of that decoder, once it is asked for
+        self._plain_pictures: tuple[Any, dict[str, list[int]]] = None, {}  # of which weights
         self.engine = (GridEngine if processor.gridded else Engine)(model, processor)
 
     @classmethod
@@ -311,8 +313,7 @@ class UniMM:
         self, steps: list[list[str]], settings: Settings, seeds: list[int]
     ) -> Iterator[list[list[int]]]:
         """The codes of pictures after each of their steps: the background, then thing by thing."""
-        grid = self.processor.grid
-        codes = self._draw([[user(pieces[0])] for pieces in steps], settings, seeds)
+        grid, codes = self.processor.grid, self._grounds([pieces[0] for pieces in steps])
         yield codes
         for at in range(1, max(map(len, steps))):
             going = [k for k, pieces in enumerate(steps) if at < len(pieces)]
@@ -324,6 +325,17 @@ class UniMM:
             new = self._draw(talks, settings, [seeds[k] for k in going])
             codes = [dict(zip(going, new, strict=True)).get(k, old) for k, old in enumerate(codes)]
             yield codes
+
+    def _grounds(self, prompts: list[str]) -> list[list[int]]:
+        """The codes of plain backgrounds, drawn greedily, and kept as long as the weights are."""
+        weights, known = self._plain_pictures
+        known = known if weights == signature(self.model) else {}
+        missing = [words for words in dict.fromkeys(prompts) if words not in known]
+        settings = Settings(self._default("guidance"), 0.0)
+        drawn = self._draw([[user(words)] for words in missing], settings, [0] * len(missing))
+        known |= zip(missing, drawn, strict=True)
+        self._plain_pictures = signature(self.model), known  # an engine may move the weights
+        return [known[words] for words in prompts]
 
     def _draw(
         self, talks: list[list[Message]], settings: Settings, seeds: list[int]

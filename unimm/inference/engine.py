@@ -208,7 +208,15 @@ class _Job:
 
     def left(self) -> int:
         """Codes of the picture under way that are to come; 0 while words are written."""
-        return self.per_image - self.drawn if self.drawing else 0
+        return self.rest - self.drawn if self.drawing else 0
+
+    def given(self) -> list[int]:
+        """The codes that come next and are kept, up to one that is to be drawn."""
+        kept = self.request.sample.kept
+        if not self.drawing or kept is None:
+            return []
+        ahead = kept[self.drawn : self.rest]
+        return ahead[: int((ahead < 0).argmax())].tolist()
 
     def may_draw(self) -> bool:
         """Whether it may begin a picture now: allowed, and with room for all its codes."""
@@ -301,7 +309,12 @@ class _Pool:
         self.cache = first_rows(self.cache, len(kept))
 
     def _window(self) -> int:
-        """How many codes of each job to try: one, unless all draw."""
+        """How many codes of each job to try: one, unless all draw, or know what comes next."""
+        jobs = list(self.jobs.values())
+        if known := min(len(job.given()) for job in jobs):
+            for job in jobs:
+                job.draft = job.given()[:known]
+            return 1 + known
         if self.engine.window == 1:
             return 1
         return max(1, min(self.engine.window, *(job.left() for job in self.jobs.values())))
