@@ -35,5 +35,6 @@ config = Run(
         "lora_rank": 16,
         "prompts": [],
         "guidance": 2.0,
+        "sampling": {"layout_from": 0},  # what is drawn is what was preferred: whole pictures
     },
 )
