@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 
 from unimm.data.places import around
 from unimm.data.processor import assistant, user
-from unimm.inference import sampling
+from unimm.inference import products, sampling
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Ahead, Settings, choose, guide, gumbel, keep_likely
 from unimm.model.unified import CODE, TEXT
@@ -260,3 +261,24 @@ def test_drawn_images_in_history_are_seen_both_ways(picture):
     assert (sample.kind == CODE).sum() == 16 and len(sample.images) == 1
     last = processor.encode(history[:2])
     assert (last.kind == CODE).sum() == 16 and not last.images
+
+
+def test_products_of_prompts_are_the_same_by_onednn(monkeypatch):
+    """Only float32 products of many rows without a gradient are taken, and come out equal."""
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        pytest.skip("no oneDNN here")
+    layer, x = torch.nn.Linear(48, 40), torch.randn(2, 64, 48, generator=torch.Generator())
+    taken, suits = [], products.suits
+    monkeypatch.setattr(products, "suits", lambda *args: taken.append(suits(*args)) or taken[-1])
+    for bias in (layer.bias, None):
+        plain = F.linear(x, layer.weight, bias)
+        with torch.inference_mode(), products.OneDNN():
+            assert torch.allclose(F.linear(x, layer.weight, bias), plain, atol=1e-5)
+    with products.OneDNN():
+        layer(x).sum().backward()
+        with torch.inference_mode():
+            layer(x[:, :4])
+            layer.bfloat16()(x.bfloat16())
+    assert taken == [True, True, False, False, False] and layer.weight.grad is not None
