@@ -322,8 +322,9 @@ class UniMM:
                 redrawn = around(steps[k][at], grid)
                 shown = {"codes": codes[k], "view": MARKED, "redrawn": redrawn}
                 talks.append([user(steps[k][at], shown)])
-            new = self._draw(talks, settings, [seeds[k] for k in going])
-            codes = [dict(zip(going, new, strict=True)).get(k, old) for k, old in enumerate(codes)]
+            drawn = self._draw(talks, settings, [seeds[k] for k in going])
+            new = dict(zip(going, drawn, strict=True))
+            codes = [new.get(k, old) for k, old in enumerate(codes)]
             yield codes
 
     def _grounds(self, prompts: list[str]) -> list[list[int]]:
