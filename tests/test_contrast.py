@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from conftest import tiny_model
 
 from unimm.config import Run, Source
-from unimm.data.places import around
+from unimm.data import sources
+from unimm.data.places import LOOK, around
 from unimm.data.processor import assistant, user
 from unimm.data.scenes import (
     UNKNOWN_ANSWER,
@@ -23,6 +24,7 @@ from unimm.data.scenes import (
     edit_kind,
     fits,
     is_held_out,
+    laid_out,
     located,
     main_relation,
     parse,
@@ -378,6 +380,25 @@ def test_a_layout_is_told_from_one_of_the_opposite_relation():
     assert rivals > 40
 
 
+def test_a_layout_is_told_from_one_without_room():
+    world, rivals = WORLDS["scenes"], 0
+    source = scenes_layouts(RUN, 3, rivals=0.5)
+    for i in range(80):
+        talk = source[i]
+        if "false_messages" in talk:
+            (spec, scene), (same, tight) = map(
+                asked_and_laid_out, (talk["messages"], talk["false_messages"])
+            )
+            assert same == spec and satisfies(tight, spec) and is_held_out(tight) is None
+            (moved,) = Counter(tight.objects) - Counter(scene.objects)
+            others = Counter(tight.objects) - Counter([moved])
+            assert others == Counter(scene.objects) & Counter(tight.objects)
+            assert not fits(world, moved, list(others.elements()))
+            rivals += 1
+    assert 20 < rivals < 60
+    assert not any("false_messages" in scenes_layouts(RUN, 3)[i] for i in range(20))
+
+
 def test_additions_begin_with_nothing_and_say_where(tmp_path):
     store = PictureStore.build(tmp_path / "s", "scenes-mini", 400, 3, True, sample_addition)
     before = Counter(len(store.scene(2 * k).objects) for k in range(200))
@@ -429,6 +450,64 @@ def test_what_is_to_be_located_is_about_the_picture_that_is_shown(store):
             here = [o for o in scene.objects if (o.size, o.color, o.shape) == (size, color, shape)]
             assert here and shape in words
     assert set(turns) == {1, 2, 3} and room[True] > 4 > room[False]
+
+
+def test_a_place_of_an_addition_is_told_from_one_without_room(store):
+    pictures, world = PictureStore(store / "pictures"), WORLDS["scenes-mini"]
+    source = scenes_located(RUN, store / "pictures", added=0.6, world="scenes-mini")
+    rivals = 0
+    for i in range(200):
+        talk = source[i]
+        if "false_messages" not in talk:
+            continue
+        asked, answer = talk["messages"]
+        again, false = talk["false_messages"]
+        assert again == asked and len(talk["messages"]) == 2
+        scene = scene_of(pictures, asked["content"][0]["image"])
+        room = []
+        for said in (answer, false):
+            words = said["content"][0]["text"]
+            size, color, shape, c, r = re.search(r"(\w+) (\w+) (\w+) \((.),(.)\)", words).groups()
+            assert words.startswith("add ") and shape in asked["content"][1]["text"]
+            new = Object(shape, color, size, (int(c) - 0.5) / 8, (int(r) - 0.5) / 8)
+            room.append(fits(world, new, scene.objects))
+        assert room == [True, False]
+        rivals += 1
+    assert rivals > 15  # of those with one object, half of these
+    plain = scenes_located(RUN, store / "pictures", world="scenes-mini")
+    assert not any("false_messages" in plain[i] for i in range(20))
+
+
+@pytest.mark.parametrize("name", ["captions", "questions", "several", "unknown", "chats"])
+def test_what_is_where_is_said_of_each_picture_before_all_else(store, name):
+    folder = store / ("edits" if name == "chats" else "pictures")
+    make = getattr(sources, f"scenes_{name}")
+    pictures, looks = PictureStore(folder), Counter()
+    for i in range(60):
+        messages = make(RUN, folder, looked=0.7)[i]["messages"]
+        for k, message in enumerate(messages):
+            shown = [part["image"] for part in message["content"] if "image" in part]
+            if not shown or (name == "chats" and k > 1):  # the last is a change
+                continue
+            asked = messages[k if name != "chats" else k + 1]["content"][-1]["text"]
+            looks[asked == LOOK] += 1
+            if asked == LOOK:
+                answer = messages[k + 1 + (name == "chats")]["content"][0]["text"]
+                assert answer == laid_out(scene_of(pictures, shown[0]))
+        assert not any(
+            part.get("text") == LOOK
+            for message in make(RUN, folder)[i]["messages"]
+            for part in message["content"]
+        )
+    share = looks[True] / looks.total()
+    assert looks.total() >= 40 and 0.5 < share < 0.85, looks
+
+
+def test_a_picture_laid_out_names_all_of_it_row_by_row():
+    small = [Object("star", "red", "small", x, y) for x, y in ((0.8, 0.2), (0.2, 0.2))]
+    scene = Scene((Object("ring", "blue", "large", 0.5, 0.8), *small), "mint")
+    said = "a small red star (2,2), a small red star (7,2) and a large blue ring (5,7)"
+    assert laid_out(scene) == said + " on a mint background"
 
 
 def test_captions_of_three_objects_and_more(tmp_path):

@@ -2,6 +2,7 @@
 the asked prompt and the true one, edits, preferences whose rejected answer has its own prompt."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from unimm.data.scenes import (
     TASKS,
     WORLDS,
     Spec,
+    edit_kind,
     from_array,
     held_out_pair,
     is_held_out,
@@ -387,9 +389,9 @@ def test_a_model_that_locates_edits_draws_by_its_own_words(tiny_unimm, monkeypat
     picture = render(scene_of("a red circle", MINI), MINI)
     asked, drawn = [], []
 
-    def ask_all(pairs):
-        asked.extend(pairs)
-        return ["make the red circle (3,4) blue", ""][: len(pairs)]
+    def texts(talks, settings, seeds):
+        asked.extend(talk[0]["content"] for talk in talks)
+        return ["make the red circle (3,4) blue", ""][: len(talks)]
 
     def draw(talks, settings, seeds):
         drawn.extend(
@@ -397,7 +399,7 @@ def test_a_model_that_locates_edits_draws_by_its_own_words(tiny_unimm, monkeypat
         )
         return [[0] * 16 for _ in talks]
 
-    monkeypatch.setattr(tiny_unimm, "ask_all", ask_all)
+    monkeypatch.setattr(tiny_unimm, "_texts", texts)
     monkeypatch.setattr(tiny_unimm, "_draw", draw)
     tiny_unimm.sampling = {}
     tiny_unimm.edit(picture, " make  it blue")
@@ -405,8 +407,8 @@ def test_a_model_that_locates_edits_draws_by_its_own_words(tiny_unimm, monkeypat
     tiny_unimm.sampling = {"edit_located": True}
     tiny_unimm.edit(picture, " make  it blue")
     assert drawn[1:] == ["make the red circle (3,4) blue"]
-    assert [said for _, said in asked] == ["where: make it blue"]
-    assert (np.asarray(asked[0][0]) == picture).all()
+    ((shown, said),) = asked
+    assert said["text"] == "where: make it blue" and (np.asarray(shown["image"]) == picture).all()
     first, second = tiny_unimm.edits([(picture, "make it red"), (picture, "remove it")])
     said, shown = first[0]["content"]
     assert said["text"] == "make the red circle (3,4) blue"
@@ -425,6 +427,38 @@ def test_pairs_of_edits_are_located_for_a_model_that_locates(tiny_unimm):
         assert said["text"] == made.located(before, after)
         redrawn = around(said["text"], (4, 4))
         assert shown.get("redrawn") == (None if redrawn is None else redrawn.tolist())
+
+
+def test_what_is_kept_in_an_edit_is_no_preference(tiny_unimm, tmp_path):
+    """Answers have the kept codes of the picture, and only the others are scored."""
+    tiny_unimm.sampling = {"edit_located": True, "layout_from": 2}
+    rows = made.scenes_edits(tiny_unimm, 12, "scenes-mini", seed=3)
+    how = made.Sampling(answers=3, seed=1)
+    found, shares = made.sample_candidates(tiny_unimm, rows, tmp_path / "c.jsonl", how), set()
+    assert found == made.read_candidates(tmp_path / "c.jsonl")
+    for row in found:
+        (said, shown) = row["prompt"][0]["content"]
+        redrawn = np.array(shown.get("redrawn", [True] * 16))
+        shares.add(redrawn.mean())
+        assert len(row["answers"]) >= 2
+        for answer in row["answers"]:
+            (part,) = answer[0]["content"]
+            assert (np.array(part["codes"])[~redrawn] == np.array(shown["codes"])[~redrawn]).all()
+            sample = tiny_unimm.processor.encode([*row["prompt"], *answer])
+            made_codes = np.flatnonzero(sample.kind == CODE)[-16:]
+            assert (sample.score[made_codes] > 0).tolist() == redrawn.tolist()
+    assert len(shares) > 1 and max(shares) == 1.0
+
+
+def test_half_of_the_edits_are_additions_for_a_model_that_draws_thing_by_thing(tiny_unimm):
+    for thing_by_thing in (0, 2):
+        tiny_unimm.sampling = {"edit_located": True, "layout_from": thing_by_thing}
+        kinds, bare = Counter(), 0
+        for row in made.scenes_edits(tiny_unimm, 40, "scenes-mini", seed=3):
+            before, after = (made.from_array(np.array(s)) for s in row["scenes"])
+            kinds[edit_kind(before, after)] += 1
+            bare += not before.objects
+        assert (kinds["add"] >= 20) == bool(thing_by_thing) == bool(bare)
 
 
 def test_preferences_are_looked_at_before_training(tmp_path, capsys):

@@ -33,6 +33,6 @@ config = Run(
         "guidance": 2.0,
         "code_rows_only": False,
         # What is of Scenes:
-        "sampling": {"plain": False, "edit_located": False, "layout_from": 0},
+        "sampling": {"plain": False, "edit_located": False, "layout_from": 0, "look_first": False},
     },
 )

@@ -11,13 +11,14 @@ from PIL import Image
 from unimm.checkpoints.load import describe_model, load_model
 from unimm.checkpoints.native import BUNDLED, save_model
 from unimm.data.images import open_image
-from unimm.data.places import LAYOUT, WHERE, around, drawing_steps
+from unimm.data.places import LAYOUT, LOOK, WHERE, around, drawing_steps
 from unimm.data.processor import (
     BOTH,
     MARKED,
     Message,
     Processor,
     TooLong,
+    assistant,
     checked,
     to_picture,
     user,
@@ -159,9 +160,14 @@ class UniMM:
         return self.ask_all([(image, question)])[0]
 
     def ask_all(self, pairs: Sequence[tuple[Any, str]]) -> list[str]:
-        """Many (picture, question) pairs at once; the same answers as one by one."""
-        asked = [(open_image(i), checked_text(q, "question")) for i, q in pairs]
-        talks = [[user(image, self._plain(words, plain))] for image, words in asked]
+        """Many (picture, question) pairs at once; the same answers as one by one.
+
+        A model that has learned to ("look_first" in its `sampling`; `scenes_questions`) first says
+        of each picture what is where, and answers from these words as well.
+        """
+        opened = {id(image): open_image(image) for image, _ in pairs}  # one picture, many questions
+        asked = [(opened[id(image)], checked_text(q, "question")) for image, q in pairs]
+        talks = self._looked([[user(image, self._plain(words, plain))] for image, words in asked])
         return self._texts(talks, Settings(), [0] * len(talks))
 
     def edit(
@@ -192,8 +198,8 @@ class UniMM:
         words = [self._plain(checked_text(said, "instruction"), plain_wish) for _, said in pairs]
         if not self.sampling.get("edit_located"):
             return [edit_messages(*pair) for pair in zip(images, words, strict=True)]
-        asked = [(i["image"], WHERE + said) for i, said in zip(images, words, strict=True)]
-        answers = self.ask_all(asked)
+        asked = [[user(i["image"], WHERE + said)] for i, said in zip(images, words, strict=True)]
+        answers = self._texts(asked, Settings(), [0] * len(asked))
         said = [new or old for new, old in zip(answers, words, strict=True)]
         grid = self.processor.grid
         return [edit_messages(i, w, around(w, grid)) for i, w in zip(images, said, strict=True)]
@@ -228,7 +234,23 @@ class UniMM:
         for (answer,) in self.engine.stream(requests, settings):
             if answer.codes:  # it draws: what was asked for, from its first code
                 return [*messages, self._painted(talk, sampling, seed)]
+            looks = self._looked([talk])[0]
+            if len(looks) > len(talk):  # it speaks, and there are pictures to look at
+                requests = self._requests([self._recent(looks)], "text", [seed])
+                answer = self.engine.run(requests, settings)[0]
+                break
         return [*messages, self._message(answer)]
+
+    def _looked(self, talks: list[list[Message]]) -> list[list[Message]]:
+        """Conversations in which the model has said of each picture what is where, if it does."""
+        if not self.sampling.get("look_first"):
+            return talks
+        parts = [part for talk in talks for message in talk for part in checked(message)[1]]
+        shown = {id(part["image"]): part["image"] for part in parts if "image" in part}
+        asked = [[user(image, LOOK)] for image in shown.values()]
+        said = self._texts(asked, Settings(), [0] * len(asked))
+        words = dict(zip(shown, said, strict=True))
+        return [[turn for message in talk for turn in with_looks(message, words)] for talk in talks]
 
     def _plain(self, text: str, way: Callable[[str], str]) -> str:
         """The text, put plainly for a model that knows nothing else; as it is where that is all."""
@@ -438,6 +460,18 @@ def edit_messages(image: Any, instruction: str, redrawn: Any = None) -> list[Mes
     picture = {**as_part(image), "view": BOTH if redrawn is None else MARKED}
     picture |= {} if redrawn is None else {"redrawn": redrawn}
     return [user(checked_text(instruction, "instruction"), picture)]
+
+
+def with_looks(message: Message, words: dict[int, str]) -> list[Message]:
+    """The message as turns in which what is where in its pictures is asked and answered before the
+    rest of it; `words`: the answers, by the id of the picture."""
+    role, content = checked(message)
+    looks = [(part, assistant(words[id(part["image"])])) for part in content if "image" in part]
+    if role == "assistant":
+        return [message, *(turn for _, said in looks for turn in (user(LOOK), said))]
+    rest = [part for part in content if "image" not in part and part.get("text") != LOOK]
+    turns = [turn for part, said in looks for turn in (user(part, LOOK), said)]
+    return [*turns, user(*rest)] if rest else [message]
 
 
 def prompt_of(talk: list[Message]) -> str:

@@ -11,6 +11,7 @@ PLACES = 8  # columns, and rows
 REACH = 2.5  # what is around a place, in columns or rows: half of the side of a square
 WHERE = "where: "  # before an instruction of which the model is to say what is meant, and where
 LAYOUT = "layout: "  # before a prompt of which the model is to say what is to be where
+LOOK = "what is where?"  # of a picture: asked before all else that is asked of it
 THING = re.compile(r"\ban? [a-z ]+ \(\d,\d\)")
 GROUND = re.compile(r"on an? ([a-z]+) background")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from unimm.checkpoints.native import BUNDLED, load_model
 from unimm.data.codes import encoder
-from unimm.data.places import LAYOUT, WHERE, around, plain_ground
+from unimm.data.places import LAYOUT, LOOK, WHERE, around, plain_ground
 from unimm.data.processor import BOTH, MARKED, Message, assistant, user
 from unimm.data.scenes import (
     EDITS,
@@ -227,10 +227,19 @@ def _talk(*messages: Message) -> dict[str, Any]:
     return {"messages": list(messages)}
 
 
-def _about(image: dict[str, Any], turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """Questions and answers about a picture, which the first question shows."""
+def _about(
+    image: dict[str, Any], turns: list[tuple[str, str]], looked: Scene | None = None
+) -> dict[str, Any]:
+    """Questions and answers about a picture, which the first question shows; `looked`: what is
+    there, to be said before all else."""
+    turns = [(LOOK, laid_out(looked)), *turns] if looked else turns
     messages = [message for q, a in turns for message in (user(q), assistant(a))]
     return _talk(user(image, turns[0][0]), *messages[1:])
+
+
+def _sometimes(scene: Scene, share: float, rng: np.random.Generator) -> Scene | None:
+    """The scene, that often."""
+    return scene if share and rng.random() < share else None
 
 
 def coded_store(run: Any, store: str, codes: str = "") -> PictureStore:
@@ -350,16 +359,19 @@ def falsified(
     return scene
 
 
-def scenes_captions(run: Any, store: str, only: str = "") -> Made:
-    """Picture, or some of them (`only`, see `PictureStore.chosen`) -> the complete caption."""
+def scenes_captions(run: Any, store: str, only: str = "", looked: float = 0.0) -> Made:
+    """Picture, or some of them (`only`, see `PictureStore.chosen`) -> the complete caption.
+
+    `looked`, here and below: how often it is first said what is where (`UniMM.ask_all`).
+    """
     pictures = PictureStore(store)
     chosen = pictures.chosen(only)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = int(chosen[rng.integers(len(chosen))])
         ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
-        image = pictures.image(k, codes=False)
-        return _talk(user(image, ask), assistant(describe(pictures.scene(k))))
+        scene, image = pictures.scene(k), pictures.image(k, codes=False)
+        return _about(image, [(ask, describe(scene))], _sometimes(scene, looked, rng))
 
     return Made(make, (run.seed, 2, *map(ord, only)))
 
@@ -371,6 +383,7 @@ def scenes_questions(
     only: str = "",
     types: tuple[str, ...] = (),
     absent: float = 0.0,
+    looked: float = 0.0,
 ) -> Made:
     """Picture and question -> answer; up to `most` turns about one picture.
 
@@ -389,24 +402,26 @@ def scenes_questions(
             vain = absent_questions(scene, rng)
             turns += [(vain[k].text, vain[k].answer) for k in rng.permutation(len(vain))[:2]]
             turns = [turns[k] for k in rng.permutation(len(turns))]
-        return _about(image, turns)
+        return _about(image, turns, _sometimes(scene, looked, rng))
 
     return Made(make, (run.seed, 3, *map(ord, only)))
 
 
-def scenes_several(run: Any, store: str) -> Made:
+def scenes_several(run: Any, store: str, looked: float = 0.0) -> Made:
     """Two pictures in one conversation: questions about the one, then about the other, and then
     about both."""
     pictures = PictureStore(store)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         messages, scenes = [], []
+        look = looked > 0 and rng.random() < looked
         for k in rng.integers(len(pictures), size=2).tolist():
             scene = pictures.scene(k)
             scenes.append(scene)
             asks = (ASK_CAPTION[rng.integers(len(ASK_CAPTION))], describe(scene))
             turns = [asks] if rng.random() < 0.3 else some_questions(scene, rng, 3)
-            messages += _about(pictures.image(k, codes=False), turns)["messages"]
+            image = pictures.image(k, codes=False)
+            messages += _about(image, turns, scene if look else None)["messages"]
         for question, answer in about_both(scenes, rng):
             messages += [user(question), assistant(answer)]
         return _talk(*messages)
@@ -429,7 +444,7 @@ def about_both(scenes: list[Scene], rng: np.random.Generator) -> list[tuple[str,
     return [asked[n] for n in rng.permutation(len(asked))[: rng.integers(1, 3)]]
 
 
-def scenes_unknown(run: Any, store: str) -> Made:
+def scenes_unknown(run: Any, store: str, looked: float = 0.0) -> Made:
     """Questions that no scene answers, alone, or about a picture beside questions that it does."""
     pictures = PictureStore(store)
 
@@ -438,10 +453,10 @@ def scenes_unknown(run: Any, store: str) -> Made:
             question, answer = unknown_question(rng)
             return _talk(user(question), assistant(answer))
         k = int(rng.integers(len(pictures)))
-        turns = [unknown_question(rng), *some_questions(pictures.scene(k), rng, 3)]
-        return _about(
-            pictures.image(k, codes=False), [turns[t] for t in rng.permutation(len(turns))]
-        )
+        scene, image = pictures.scene(k), pictures.image(k, codes=False)
+        turns = [unknown_question(rng), *some_questions(scene, rng, 3)]
+        turns = [turns[t] for t in rng.permutation(len(turns))]
+        return _about(image, turns, _sometimes(scene, looked, rng))
 
     return Made(make, (run.seed, 9))
 
@@ -532,19 +547,53 @@ def scenes_edits(
     return Made(make, (run.seed, 5))
 
 
-def scenes_located(run: Any, store: str, most: int = 4, world: str = "scenes") -> Made:
-    """A picture, and one to `most` instructions to be said precisely (`scenes.located`)."""
+def scenes_located(
+    run: Any, store: str, most: int = 4, added: float = 0.0, world: str = "scenes"
+) -> Made:
+    """A picture, and one to `most` instructions to be said precisely (`scenes.located`).
+
+    `added`: how often it is an addition alone, and as "false_messages" the same in a place without
+    room for it (see `training.contrast`).
+    """
     pictures = PictureStore(store)
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = pictures.pick(rng, i)
         scene = pictures.scene(k)
+        if added and rng.random() < added:
+            return addition(scene, pictures.image(k, codes=False), rng)
         made = [edits(WORLDS[world], scene, rng) for _ in range(rng.integers(1, most + 1))]
         made = [(words, with_room(scene, after, WORLDS[world], rng)) for words, after in made]
         turns = [(WHERE + words, located(scene, after)) for words, after in made]
         return _about(pictures.image(k, codes=False), turns)
 
+    def addition(scene: Scene, image: Any, rng: np.random.Generator) -> dict[str, Any]:
+        made = (edits(WORLDS[world], scene, rng) for _ in range(40))
+        found = (pair for pair in made if edit_kind(scene, pair[1]) == "add")
+        words, after = next(found, edits(WORLDS[world], scene, rng))  # some have no room at all
+        after, false = with_room(scene, after, WORLDS[world], rng), None
+        if edit_kind(scene, after) == "add" and fits(
+            WORLDS[world], after.objects[-1], scene.objects
+        ):
+            false = crowded(after, len(scene.objects), WORLDS[world], rng)
+        ask = user(image, WHERE + words)
+        talk = _talk(ask, assistant(located(scene, after)))
+        if false:
+            talk["false_messages"] = [ask, assistant(located(scene, false))]
+        return talk
+
     return Made(make, (run.seed, 11))
+
+
+def crowded(scene: Scene, k: int, world: World, rng: np.random.Generator) -> Scene | None:
+    """The scene with object k in the middle of a place that has no room for it, if one is found."""
+    before, after = scene.objects[:k], scene.objects[k + 1 :]
+    for x, y in rng.random((20, 2)).tolist():
+        moved = upright(replace(scene.objects[k], x=x, y=y))
+        tight = replace(scene, objects=(*before, moved, *after))
+        if not fits(world, moved, (*before, *after)) and not is_held_out(tight):
+            return tight
+    return None
 
 
 def with_room(before: Scene, after: Scene, world: World, rng: np.random.Generator) -> Scene:
@@ -557,12 +606,19 @@ def with_room(before: Scene, after: Scene, world: World, rng: np.random.Generato
     return replace(after, objects=(*before.objects, o))
 
 
-def scenes_layouts(run: Any, least: int = 0, related: bool = False, world: str = "scenes") -> Made:
+def scenes_layouts(
+    run: Any,
+    least: int = 0,
+    related: bool = False,
+    rivals: float = 0.0,
+    world: str = "scenes",
+) -> Made:
     """A prompt, and what is to be where so that it comes true (`scenes.laid_out`): words alone.
 
     `least`: so many objects or more, each number as often; 0 for a natural mix. `related`: two
     objects with their relation told, and as "false_messages" the same layout of a prompt with the
-    opposite one (see `training.contrast`).
+    opposite one (see `training.contrast`). `rivals`: the share that has there the same prompt, and
+    the layout with one object where there is no room for it.
     """
 
     def say(scene: Scene, rng: np.random.Generator) -> str:
@@ -590,6 +646,11 @@ def scenes_layouts(run: Any, least: int = 0, related: bool = False, world: str =
             untrue = parse(other)
             if untrue and not satisfies(scene, untrue) and not is_held_out(false):
                 talk["false_messages"] = [user(LAYOUT + other), layout]
+        elif rivals and rng.random() < rivals:
+            k = int(rng.integers(len(scene.objects)))
+            tight = crowded(scene, k, WORLDS[world], rng)
+            if tight and satisfies(tight, spec):
+                talk["false_messages"] = [user(LAYOUT + words), assistant(laid_out(tight, spec))]
         return talk
 
     return Made(make, (run.seed, 12, least, related))
@@ -606,7 +667,7 @@ def scenes_grounds(run: Any, world: str = "scenes") -> Made:
     return Made(make, (run.seed, 13))
 
 
-def scenes_chats(run: Any, store: str) -> Made:
+def scenes_chats(run: Any, store: str, looked: float = 0.0) -> Made:
     """Draw it, answer about it, change it, in one conversation."""
     pictures = coded_store(run, store)
 
@@ -614,6 +675,8 @@ def scenes_chats(run: Any, store: str) -> Made:
         k = int(rng.integers(len(pictures.instructions)))
         scene = pictures.scene(2 * k)
         messages = [user(prompt(scene, rng, ordered=True)), assistant(pictures.image(2 * k))]
+        if _sometimes(scene, looked, rng):
+            messages += [user(LOOK), assistant(laid_out(scene))]
         if rng.random() < 0.3:
             ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
             messages += [user(ask), assistant(describe(scene))]

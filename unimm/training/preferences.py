@@ -47,7 +47,7 @@ from unimm.data.scenes import (
     task_prompt,
     to_array,
 )
-from unimm.data.sources import sample_edit
+from unimm.data.sources import sample_addition, sample_edit
 from unimm.inference.engine import Request
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings
@@ -97,20 +97,25 @@ def scenes_edits(model: UniMM, count: int, world: str, seed: int = 0) -> list[Ro
     """`count` instructions to edit scenes of the train split, as rows for `sample_candidates`.
 
     The prompt shows the picture as its codes, and is located where `UniMM.edit` draws by such ones.
+    For a model that draws thing by thing every other one is such an addition (`sample_addition`).
     The first of the answers to come is not the model's ("given" is 1) but the rendered one, from
     which what is drawn differs by little but mistakes.
     "scenes" are those before and after, as `to_array` has them, for the judge.
     """
     rows = []
     for k in range(count):
-        before, words, after = sample_edit(world, np.random.default_rng((seed, 32, k)))
+        added = k % 2 and model.sampling.get("layout_from")
+        change = sample_addition if added else sample_edit
+        before, words, after = change(world, np.random.default_rng((seed, 32, k)))
         words = located(before, after) if model.sampling.get("edit_located") else words
         old, new = (model.processor.codes(render(s, world)).tolist() for s in (before, after))
         shown: Message = {"codes": old, "view": BOTH}
+        made: Message = {"codes": new}
         if (redrawn := around(words, model.processor.grid)) is not None:
             shown |= {"redrawn": redrawn.tolist(), "view": MARKED}
+            made = {"codes": np.where(redrawn, new, old).tolist(), "redrawn": redrawn.tolist()}
         row: Row = {"prompt": [user(words, shown)]}
-        row |= {"answers": [[assistant({"codes": new})]], "given": 1}
+        row |= {"answers": [[assistant(made)]], "given": 1}
         rows.append({**row, "scenes": [to_array(s).tolist() for s in (before, after)]})
     return rows
 
@@ -153,15 +158,18 @@ def sample(model: UniMM, rows: dict[str, Row], how: Sampling) -> Iterator[Row]:
         for name, r in rows.items()
         for k in range(how.answers)
     ]
-    answers = iter(model.engine.run(requests, settings))
+    answers = iter(zip(model.engine.run(requests, settings), requests, strict=True))
     for name, row in rows.items():
         found = list(row.get("answers", ()))
         for _ in range(how.answers):
+            answer, request = next(answers)
+            kept = request.sample.kept
+            drawn = {} if kept is None else {"redrawn": (kept < 0).tolist()}
             parts = [
-                {"type": "image", "codes": [int(code) for code in ids]}
+                {"type": "image", "codes": [int(code) for code in ids], **drawn}
                 if kind == CODE
                 else {"type": "text", "text": model.processor.text(ids)}
-                for kind, ids in next(answers).parts
+                for kind, ids in answer.parts
             ]
             message = {"role": "assistant", "content": parts}
             if parts and [message] not in found:
@@ -246,7 +254,8 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
     """Wrong pictures of Scenes, of prompts and of edits, and the same with the one thing changed
     that was wrong (`mend`), which are preferred.
 
-    The codes are new where a pixel within MENDED of their square has changed. Left out is what no
+    The codes are new where a pixel within MENDED of their square has changed, and which are drawn
+    anew. Left out is what no
     one change makes right, what is not right when it has become codes, and what shows, before or
     after, something held out.
     """
@@ -261,13 +270,17 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
                 pixels = np.asarray(model.pictures([codes])[0])
                 better, changed = repaint(pixels, scene, *mended, world)
                 new = model.processor.codes(better)
-                found.append(tuple(np.where(squares(changed, len(codes)), new, codes).tolist()))
+                near = squares(changed, len(codes)) & np.array(
+                    picture_of(answer).get("redrawn", True)
+                )
+                found.append(tuple(np.where(near, new, codes).tolist()))
                 before.append(answer)
         scenes = looked_at.__wrapped__(model, tuple(found)) if found else []  # asked for once
         for drawn, scene, answer in zip(found, scenes, before, strict=True):
             if right(scene) and not shows_held_out(scene):
-                pair = {"prompt": row["prompt"], "chosen": [assistant({"codes": [*drawn]})]}
-                yield {**pair, "rejected": answer, "id": row["id"]}
+                chosen = [assistant({**picture_of(answer), "codes": [*drawn]})]
+                pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": answer}
+                yield {**pair, "id": row["id"]}
 
 
 def misdirected_pairs(model: UniMM, count: int, world: str, seed: int = 0) -> Iterator[Row]:
@@ -490,8 +503,13 @@ def shown(model: UniMM, answer: list[Message]) -> Any:
 
 def codes_of(answer: Sequence[Message]) -> list[int]:
     """The codes of the first picture in an answer; none in words alone."""
+    return picture_of(answer).get("codes", [])
+
+
+def picture_of(answer: Sequence[Message]) -> dict[str, Any]:
+    """The first picture in an answer as it is there; {} in words alone."""
     parts = (part for message in answer for part in message["content"])
-    return next((part["codes"] for part in parts if part["type"] == "image"), [])
+    return next((part for part in parts if part["type"] == "image"), {})
 
 
 def words_of(talk: Sequence[Message]) -> str:

@@ -93,14 +93,15 @@ def located(before: Scene, after: Scene, off: tuple[int, int] = (0, 0)) -> str:
     return f"remove the {it}" if new is None else f"make the {it} {_name(new)}"
 
 
-def laid_out(scene: Scene, spec: Spec) -> str:
+def laid_out(scene: Scene, spec: Spec | None = None) -> str:
     """A scene with all that a prompt leaves open, in the order in which that names things:
     "a large cyan moon (2,3) and a small red star (6,6) on a white background".
 
-    Equal ones come in the order of `raster`. Raises ValueError where the prompt is not true.
+    Equal ones come in the order of `raster`, without a prompt all. Raises ValueError where the
+    prompt is not true.
     """
     ordered = replace(scene, objects=tuple(sorted(scene.objects, key=raster)))
-    groups = assigned(ordered, spec)
+    groups = assigned(ordered, spec) if spec else [list(ordered.objects)]
     if groups is None:
         raise ValueError("the scene is not what the prompt says")
     said = [_placed(o) for group in groups for o in group]

@@ -1,0 +1,92 @@
+"""Questions about a picture, of which the model has first said what is where."""
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from unimm.data.places import LOOK
+from unimm.data.processor import assistant, user
+from unimm.inference.sampling import Settings
+from unimm.pipeline import UniMM
+
+RED, BLUE = (np.full((32, 32, 3), color, np.uint8) for color in ((200, 30, 30), (30, 30, 200)))
+
+
+@pytest.fixture
+def model():
+    """A tiny model that looks first; "asked" holds what words were asked for."""
+    model = UniMM(*tiny_model(max_positions=512), {"look_first": True, "plain": True})
+    texts, model.asked = model._texts, []
+
+    def watched(talks, settings, seeds):
+        model.asked += talks
+        return texts(talks, settings, seeds)
+
+    model._texts = watched
+    return model
+
+
+def words_of(talk):
+    return [
+        [part.get("text", "a picture") for part in message["content"]]
+        for message in talk
+        if message["role"] == "user"
+    ]
+
+
+def said(model, *talk):
+    """The model's answer to a conversation as it is."""
+    requests = model._requests([list(talk)], "text", [0])
+    return model.processor.text(model.engine.run(requests, Settings())[0].text)
+
+
+def test_an_answer_comes_after_what_is_where(model):
+    look = said(model, user(RED, LOOK))
+    expected = said(model, user(RED, LOOK), assistant(look), user("how many stars?"))
+    assert model.ask(RED, "how many stars?") == expected
+    blind = UniMM(model.model, model.processor, {"plain": True})
+    assert blind.ask(RED, "how many stars?") == said(model, user(RED, "how many stars?"))
+    assert blind.ask(RED, "how many stars?") != expected
+
+
+def test_it_looks_once_at_each_picture(model):
+    pairs = [(RED, "a star?"), (BLUE, "a ring?"), (RED, "how many?")]
+    answers = model.ask_all(pairs)
+    assert [words_of(talk) for talk in model.asked[:2]] == [[["a picture", LOOK]]] * 2
+    assert len(model.asked) == 2 + 3
+    assert answers == [model.ask(*pair) for pair in pairs]
+
+
+def test_who_asks_what_is_where_is_told_so(model):
+    assert model.ask(RED, LOOK) == said(model, user(RED, LOOK))
+
+
+def test_an_edit_is_said_without_it(model):
+    model.sampling["edit_located"] = True
+    model.edits([(RED, "make the star blue")])
+    assert [words_of(talk) for talk in model.asked] == [
+        [["a picture", "where: make the star blue"]]
+    ]
+
+
+def test_a_chat_looks_at_all_its_pictures_before_it_speaks(model):
+    """Those of the user before what is said with them, and drawn ones behind them."""
+    drawn = assistant({"image": BLUE, "codes": list(range(model.processor.codes_per_image))})
+    talk = [user("i see", RED), assistant("yes"), user("draw a star"), drawn, user("how many?")]
+    looks = [said(model, user(picture, LOOK)) for picture in (RED, BLUE)]
+    expected = [user(RED, LOOK), assistant(looks[0]), user("i see"), assistant("yes")]
+    expected += [user("draw a star"), drawn, user(LOOK), assistant(looks[1]), user("how many?")]
+
+    class Speaks:
+        codes, text, parts, done = [], [1], [], False
+
+    stream = model.engine.stream
+
+    def begins(requests, settings):
+        model.engine.stream = stream
+        return iter([[Speaks()]])
+
+    model.engine.stream = begins
+    (part,) = model.chat(talk)[-1]["content"]
+    assert part["text"] == said(model, *expected)
+    assert part["text"] != said(model, *talk)
