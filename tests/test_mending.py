@@ -14,6 +14,7 @@ from unimm.data.scenes import (
     UNKNOWN,
     Scene,
     edit_holds,
+    edit_kind,
     held_out_pair,
     is_held_out,
     look,
@@ -138,6 +139,30 @@ def test_edits_are_mended_and_what_is_given_is_not(tiny_unimm, monkeypatch):
     )
     (pair,) = made.mended_pairs(tiny_unimm, [{**row, "id": "b"}])
     assert pair["rejected"] == row["answers"][1] and pair["prompt"] == row["prompt"]
+
+
+def test_what_is_kept_in_an_edit_is_not_mended(tiny_unimm, monkeypatch):
+    """A change of many squares mends those alone that are drawn anew, and says which."""
+    monkeypatch.setitem(tiny_unimm.sampling, "edit_located", True)
+    for row in made.scenes_edits(tiny_unimm, 12, "scenes-mini", seed=3):
+        before, after = (made.from_array(np.asarray(a, np.float32)) for a in row["scenes"])
+        if edit_kind(before, after) == "recolor":
+            break
+    redrawn = row["prompt"][0]["content"][1]["redrawn"]
+    assert 0 < sum(redrawn) < 16
+    (part,) = drawn(5)["content"]
+    row["answers"].append([{"role": "assistant", "content": [{**part, "redrawn": redrawn}]}])
+    shows = {tuple(made.codes_of(answer)): before for answer in row["answers"]}
+    monkeypatch.setattr(
+        tiny_unimm,
+        "pictures",
+        lambda codes: [render(shows.get(tuple(c), after), MINI) for c in codes],
+    )
+    monkeypatch.setattr(made, "squares", lambda changed, codes: np.ones(codes, bool))
+    (pair,) = made.mended_pairs(tiny_unimm, [{**row, "id": "b"}])
+    ((chosen,),) = (message["content"] for message in pair["chosen"])
+    same = np.array(chosen["codes"]) == made.codes_of([drawn(5)])
+    assert same[~np.array(redrawn)].all() and not same.all() and chosen["redrawn"] == redrawn
 
 
 def test_the_command_writes_mended_pairs_and_right_pictures(tiny_unimm, monkeypatch, tmp_path):

@@ -254,10 +254,9 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
     """Wrong pictures of Scenes, of prompts and of edits, and the same with the one thing changed
     that was wrong (`mend`), which are preferred.
 
-    The codes are new where a pixel within MENDED of their square has changed, and which are drawn
-    anew. Left out is what no
-    one change makes right, what is not right when it has become codes, and what shows, before or
-    after, something held out.
+    The codes are new where a pixel within MENDED of their square has changed, of those that were
+    drawn. Left out is what no one change makes right, what is not right when it has become codes,
+    and what shows, before or after, something held out.
     """
     world = get_world(model.sampling.get("world", "scenes"))
     for row in rows:
@@ -270,9 +269,7 @@ def mended_pairs(model: UniMM, rows: list[Row]) -> Iterator[Row]:
                 pixels = np.asarray(model.pictures([codes])[0])
                 better, changed = repaint(pixels, scene, *mended, world)
                 new = model.processor.codes(better)
-                near = squares(changed, len(codes)) & np.array(
-                    picture_of(answer).get("redrawn", True)
-                )
+                near = squares(changed, len(codes)) & picture_of(answer).get("redrawn", True)
                 found.append(tuple(np.where(near, new, codes).tolist()))
                 before.append(answer)
         scenes = looked_at.__wrapped__(model, tuple(found)) if found else []  # asked for once
