@@ -43,6 +43,9 @@ STAGES = {
     "layouts.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },
+    "looking.py": {
+        "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
+    },
     "locate.py": {
         "decoder", "text_head", "connector", "code_embed", "code_adapter", "image_head", "vision",
     },

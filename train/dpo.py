@@ -5,6 +5,7 @@ unimm train train/dpo.py init=runs/scenes/model data.pairs.options.path=pairs.js
 
 Everything but the encoder of seen pictures learns, with a next-token term on the chosen answers
 (as Emu3 does; at 0.1 and three times the rate they lost 20 nats each, and pictures got worse).
+Pairs of edits alone (`--edits 6000 --mended`) leave layouts: options.sampling.layout_from=2.
 `steps` is one pass over the 10,000 pairs that come of it; of other pairs give their number / 64. A
 second pass learns them by heart. Cost and what it brought: train/README.md.
 """
