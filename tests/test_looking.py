@@ -34,18 +34,18 @@ def words_of(talk):
     ]
 
 
-def said(model, *talk):
+def said_by(model, *talk):
     """The model's answer to a conversation as it is."""
     requests = model._requests([list(talk)], "text", [0])
     return model.processor.text(model.engine.run(requests, Settings())[0].text)
 
 
 def test_an_answer_comes_after_what_is_where(model):
-    look = said(model, user(RED, LOOK))
-    expected = said(model, user(RED, LOOK), assistant(look), user("how many stars?"))
+    look = said_by(model, user(RED, LOOK))
+    expected = said_by(model, user(RED, LOOK), assistant(look), user("how many stars?"))
     assert model.ask(RED, "how many stars?") == expected
     blind = UniMM(model.model, model.processor, {"plain": True})
-    assert blind.ask(RED, "how many stars?") == said(model, user(RED, "how many stars?"))
+    assert blind.ask(RED, "how many stars?") == said_by(model, user(RED, "how many stars?"))
     assert blind.ask(RED, "how many stars?") != expected
 
 
@@ -58,22 +58,25 @@ def test_it_looks_once_at_each_picture(model):
 
 
 def test_who_asks_what_is_where_is_told_so(model):
-    assert model.ask(RED, LOOK) == said(model, user(RED, LOOK))
+    assert model.ask(RED, LOOK) == said_by(model, user(RED, LOOK))
 
 
-def test_an_edit_is_said_without_it(model):
+def test_an_edit_is_located_after_it(model):
     model.sampling["edit_located"] = True
-    model.edits([(RED, "make the star blue")])
-    assert [words_of(talk) for talk in model.asked] == [
-        [["a picture", "where: make the star blue"]]
-    ]
+    ((said,),) = model.edits([(RED, "make the star blue")])
+    looked, located = (words_of(talk) for talk in model.asked)
+    assert looked == [["a picture", LOOK]]
+    assert located == [["a picture", LOOK], ["where: make the star blue"]]
+    look = said_by(model, user(RED, LOOK))
+    place = [user(RED, LOOK), assistant(look), user("where: make the star blue")]
+    assert said["content"][0]["text"] == said_by(model, *place)
 
 
 def test_a_chat_looks_at_all_its_pictures_before_it_speaks(model):
     """Those of the user before what is said with them, and drawn ones behind them."""
     drawn = assistant({"image": BLUE, "codes": list(range(model.processor.codes_per_image))})
     talk = [user("i see", RED), assistant("yes"), user("draw a star"), drawn, user("how many?")]
-    looks = [said(model, user(picture, LOOK)) for picture in (RED, BLUE)]
+    looks = [said_by(model, user(picture, LOOK)) for picture in (RED, BLUE)]
     expected = [user(RED, LOOK), assistant(looks[0]), user("i see"), assistant("yes")]
     expected += [user("draw a star"), drawn, user(LOOK), assistant(looks[1]), user("how many?")]
 
@@ -88,5 +91,5 @@ def test_a_chat_looks_at_all_its_pictures_before_it_speaks(model):
 
     model.engine.stream = begins
     (part,) = model.chat(talk)[-1]["content"]
-    assert part["text"] == said(model, *expected)
-    assert part["text"] != said(model, *talk)
+    assert part["text"] == said_by(model, *expected)
+    assert part["text"] != said_by(model, *talk)

@@ -199,7 +199,7 @@ class UniMM:
         if not self.sampling.get("edit_located"):
             return [edit_messages(*pair) for pair in zip(images, words, strict=True)]
         asked = [[user(i["image"], WHERE + said)] for i, said in zip(images, words, strict=True)]
-        answers = self._texts(asked, Settings(), [0] * len(asked))
+        answers = self._texts(self._looked(asked), Settings(), [0] * len(asked))
         said = [new or old for new, old in zip(answers, words, strict=True)]
         grid = self.processor.grid
         return [edit_messages(i, w, around(w, grid)) for i, w in zip(images, said, strict=True)]

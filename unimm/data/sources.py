@@ -548,7 +548,12 @@ def scenes_edits(
 
 
 def scenes_located(
-    run: Any, store: str, most: int = 4, added: float = 0.0, world: str = "scenes"
+    run: Any,
+    store: str,
+    most: int = 4,
+    added: float = 0.0,
+    looked: float = 0.0,
+    world: str = "scenes",
 ) -> Made:
     """A picture, and one to `most` instructions to be said precisely (`scenes.located`).
 
@@ -559,15 +564,18 @@ def scenes_located(
 
     def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
         k = pictures.pick(rng, i)
-        scene = pictures.scene(k)
+        scene, image = pictures.scene(k), pictures.image(k, codes=False)
+        seen = _sometimes(scene, looked, rng)
         if added and rng.random() < added:
-            return addition(scene, pictures.image(k, codes=False), rng)
+            return addition(scene, image, seen, rng)
         made = [edits(WORLDS[world], scene, rng) for _ in range(rng.integers(1, most + 1))]
         made = [(words, with_room(scene, after, WORLDS[world], rng)) for words, after in made]
         turns = [(WHERE + words, located(scene, after)) for words, after in made]
-        return _about(pictures.image(k, codes=False), turns)
+        return _about(image, turns, seen)
 
-    def addition(scene: Scene, image: Any, rng: np.random.Generator) -> dict[str, Any]:
+    def addition(
+        scene: Scene, image: Any, seen: Scene | None, rng: np.random.Generator
+    ) -> dict[str, Any]:
         made = (edits(WORLDS[world], scene, rng) for _ in range(40))
         found = (pair for pair in made if edit_kind(scene, pair[1]) == "add")
         words, after = next(found, edits(WORLDS[world], scene, rng))  # some have no room at all
@@ -576,10 +584,9 @@ def scenes_located(
             WORLDS[world], after.objects[-1], scene.objects
         ):
             false = crowded(after, len(scene.objects), WORLDS[world], rng)
-        ask = user(image, WHERE + words)
-        talk = _talk(ask, assistant(located(scene, after)))
+        talk = _about(image, [(WHERE + words, located(scene, after))], seen)
         if false:
-            talk["false_messages"] = [ask, assistant(located(scene, false))]
+            talk["false_messages"] = [*talk["messages"][:-1], assistant(located(scene, false))]
         return talk
 
     return Made(make, (run.seed, 11))
