@@ -33,7 +33,7 @@ from unimm.data.scenes import (
     unknown_question,
     upright,
 )
-from unimm.data.scenes.language import raster
+from unimm.data.scenes.language import NUMBERS, raster
 from unimm.data.sources import (
     OFF,
     PictureStore,
@@ -45,6 +45,7 @@ from unimm.data.sources import (
     scenes_layouts,
     scenes_located,
     scenes_pictures,
+    scenes_said,
     scenes_unknown,
 )
 from unimm.model.unified import CODE
@@ -337,14 +338,17 @@ def test_instructions_that_say_where_come_as_often_as_is_said(store):
 def asked_and_laid_out(messages):
     """The meaning of the prompt, and the scene of its layout."""
     (asked,), (answer,) = (m["content"] for m in messages)
-    things = re.findall(r"(small|large) (\w+) (\w+) \((\d),(\d)\)", answer["text"])
-    ground = answer["text"].split(" on a ")[1].split()[0]
+    assert asked["text"].startswith("layout: ")
+    return parse(asked["text"].removeprefix("layout: ")), scene_said(answer["text"])
+
+
+def scene_said(layout):
+    things = re.findall(r"(small|large) (\w+) (\w+) \((\d),(\d)\)", layout)
     objects = tuple(
         Object(shape, color, size, (int(c) - 0.5) / 8, (int(r) - 0.5) / 8)
         for size, color, shape, c, r in things
     )
-    assert asked["text"].startswith("layout: ")
-    return parse(asked["text"].removeprefix("layout: ")), Scene(objects, ground)
+    return Scene(objects, layout.split(" on a ")[1].split()[0])
 
 
 def test_layouts_are_true_of_their_prompts():
@@ -505,6 +509,30 @@ def test_what_is_where_is_said_of_each_picture_before_all_else(store, name):
         )
     share = looks[True] / looks.total()
     assert looks.total() >= 40 and 0.5 < share < 0.85, looks
+
+
+def test_what_is_said_in_words_alone_is_asked_about():
+    """The layout stands before the first question, and the answers are true of it."""
+    source, counts, captions = scenes_said(RUN, most=3), Counter(), 0
+    for i in range(60):
+        messages = source[i]["messages"]
+        texts = [part["text"] for message in messages for part in message["content"]]
+        layout, first = texts[0].split(". ", 1)
+        scene = scene_said(layout)
+        counts[len(scene.objects)] += 1
+        assert 2 <= len(messages) // 2 <= 4 and is_held_out(scene) is None
+        asks = [first, *texts[2::2]]
+        assert not any("(" in ask for ask in asks)
+        for ask, answer in zip(asks, texts[1::2], strict=True):
+            if ask in sources.ASK_CAPTION:
+                captions += 1
+                groups = parse(answer).groups
+                looks = Counter(o.shape for o in scene.objects)
+                said = Counter(shape for n, _, _, shape in groups for _ in range(n))
+                assert said == looks
+            if ask == "how many objects are there?":
+                assert answer == NUMBERS[len(scene.objects)]
+    assert captions == 60 and set(counts) == {2, 3, 4, 5}
 
 
 def test_a_picture_laid_out_names_all_of_it_row_by_row():

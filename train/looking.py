@@ -13,7 +13,8 @@ train/README.md.
 import dataclasses
 from pathlib import Path
 
-from unimm.config import load_recipe
+from unimm.config import Source, load_recipe
+from unimm.data.sources import scenes_said
 
 layouts = load_recipe(Path(__file__).with_name("layouts.py")).config
 LOOKED = {"looked": 0.8}
@@ -29,7 +30,7 @@ CHANGES = {  # weights, and what else is said
     "questions": (5.0, LOOKED),
     "relations": (1.0, LOOKED),
     "captions": (2.5, LOOKED),
-    "mixed": (1.5, LOOKED),
+    "mixed": (2.5, LOOKED),
     "several": (1.2, LOOKED),
     "unknown": (0.4, LOOKED),
     "chats": (0.3, LOOKED),
@@ -41,12 +42,14 @@ data = {
     for name, (weight, options) in CHANGES.items()
 }
 
+data["said"] = Source(scenes_said, weight=6.0)
+
 config = dataclasses.replace(
     layouts,
     out="runs/looking",
     train=((r"vision\..*", 5e-4), (r".*", 1e-3)),
     data=data,
-    steps=450,
+    steps=500,
     options={
         **layouts.options,
         "sampling": {**layouts.options["sampling"], "look_first": True},

@@ -474,6 +474,24 @@ def scenes_text(run: Any, world: str = "scenes") -> Made:
     return Made(make, (run.seed, 4))
 
 
+def scenes_said(run: Any, most: int = 6, world: str = "scenes") -> Made:
+    """What is where (`laid_out`), in words alone; then the caption and up to `most` questions.
+
+    Of two objects and more, each number as often: what a look at a picture is to be good for.
+    """
+
+    def make(rng: np.random.Generator, i: int) -> dict[str, Any]:
+        count = int(rng.integers(2, WORLDS[world].max_objects + 1))
+        scene = sample_scene(WORLDS[world], rng, count=count)
+        ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
+        turns = [(ask, describe(scene)), *some_questions(scene, rng, most)]
+        turns = [turns[k] for k in rng.permutation(len(turns))]
+        turns[0] = (f"{laid_out(scene)}. {turns[0][0]}", turns[0][1])
+        return _talk(*(m for q, a in turns for m in (user(q), assistant(a))))
+
+    return Made(make, (run.seed, 14))
+
+
 def retold(scene: Scene, rng: np.random.Generator) -> str:
     """The scene in other words that hold all of `describe`; where none can, in its own."""
     objects = scene.objects
