@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -535,10 +536,14 @@ def test_what_is_said_in_words_alone_is_asked_about():
     assert captions == 60 and set(counts) == {2, 3, 4, 5}
 
 
-def test_a_picture_laid_out_names_all_of_it_row_by_row():
+def test_a_picture_laid_out_names_all_of_it_in_the_order_of_its_caption():
     small = [Object("star", "red", "small", x, y) for x, y in ((0.8, 0.2), (0.2, 0.2))]
     scene = Scene((Object("ring", "blue", "large", 0.5, 0.8), *small), "mint")
+    assert describe(scene) == "two red stars and a blue ring on a mint background"
     said = "a small red star (2,2), a small red star (7,2) and a large blue ring (5,7)"
+    assert laid_out(scene) == said + " on a mint background"
+    scene = replace(scene, objects=(small[1], Object("ring", "blue", "large", 0.1, 0.8), small[0]))
+    said = "a large blue ring (1,7), a small red star (2,2) and a small red star (7,2)"
     assert laid_out(scene) == said + " on a mint background"
 
 

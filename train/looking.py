@@ -49,7 +49,7 @@ config = dataclasses.replace(
     out="runs/looking",
     train=((r"vision\..*", 5e-4), (r".*", 1e-3)),
     data=data,
-    steps=500,
+    steps=560,
     options={
         **layouts.options,
         "sampling": {**layouts.options["sampling"], "look_first": True},
