@@ -40,10 +40,10 @@ def said_by(model, *talk):
     return model.processor.text(model.engine.run(requests, Settings())[0].text)
 
 
-def test_an_answer_comes_after_what_is_where(model):
+def test_an_answer_comes_from_what_is_where(model):
     look = said_by(model, user(RED, LOOK))
-    expected = said_by(model, user(RED, LOOK), assistant(look), user("how many stars?"))
-    assert model.ask(RED, "how many stars?") == expected
+    expected = said_by(model, user(f"{look}. how many stars?"))
+    assert model.ask(RED, "How many stars?") == expected
     blind = UniMM(model.model, model.processor, {"plain": True})
     assert blind.ask(RED, "how many stars?") == said_by(model, user(RED, "how many stars?"))
     assert blind.ask(RED, "how many stars?") != expected
@@ -52,8 +52,11 @@ def test_an_answer_comes_after_what_is_where(model):
 def test_it_looks_once_at_each_picture(model):
     pairs = [(RED, "a star?"), (BLUE, "a ring?"), (RED, "how many?")]
     answers = model.ask_all(pairs)
-    assert [words_of(talk) for talk in model.asked[:2]] == [[["a picture", LOOK]]] * 2
-    assert len(model.asked) == 2 + 3
+    looks = [said_by(model, user(picture, LOOK)) for picture in (RED, BLUE)]
+    assert looks[0] != looks[1]
+    asked = [[["a picture", LOOK]]] * 2
+    asked += [[[f"{looks[picture is BLUE]}. {words}"]] for picture, words in pairs]
+    assert [words_of(talk) for talk in model.asked] == asked
     assert answers == [model.ask(*pair) for pair in pairs]
 
 
@@ -72,24 +75,27 @@ def test_an_edit_is_located_after_it(model):
     assert said["content"][0]["text"] == said_by(model, *place)
 
 
-def test_a_chat_looks_at_all_its_pictures_before_it_speaks(model):
-    """Those of the user before what is said with them, and drawn ones behind them."""
+def test_a_chat_of_one_picture_answers_as_ask_does(model):
+    """Whoever drew or showed it, whatever was said before; of several it speaks as it sees them."""
     drawn = assistant({"image": BLUE, "codes": list(range(model.processor.codes_per_image))})
-    talk = [user("i see", RED), assistant("yes"), user("draw a star"), drawn, user("how many?")]
-    looks = [said_by(model, user(picture, LOOK)) for picture in (RED, BLUE)]
-    expected = [user(RED, LOOK), assistant(looks[0]), user("i see"), assistant("yes")]
-    expected += [user("draw a star"), drawn, user(LOOK), assistant(looks[1]), user("how many?")]
+    shown, more = (
+        [user("i see", RED), assistant("yes"), user("how many?")],
+        [drawn, user("a star?")],
+    )
+    stream = model.engine.stream
 
     class Speaks:
-        codes, text, parts, done = [], [1], [], False
-
-    stream = model.engine.stream
+        codes, text, parts, done = [], [1], [("text", [5])], False
 
     def begins(requests, settings):
         model.engine.stream = stream
         return iter([[Speaks()]])
 
-    model.engine.stream = begins
-    (part,) = model.chat(talk)[-1]["content"]
-    assert part["text"] == said_by(model, *expected)
-    assert part["text"] != said_by(model, *talk)
+    def answer(talk):
+        model.engine.stream = begins
+        (part,) = model.chat(talk)[-1]["content"]
+        return part["text"]
+
+    assert answer(shown) == model.ask(RED, "how many?") != answer([*shown, *more])
+    assert answer([user("draw a star"), *more]) == model.ask(BLUE, "a star?")
+    assert answer([*shown, *more]) == model.processor.text([5]).strip()

@@ -162,12 +162,16 @@ class UniMM:
     def ask_all(self, pairs: Sequence[tuple[Any, str]]) -> list[str]:
         """Many (picture, question) pairs at once; the same answers as one by one.
 
-        A model that has learned to ("look_first" in its `sampling`; `scenes_questions`) first says
-        of each picture what is where, and answers from these words as well.
+        A model that has learned to ("look_first" in its `sampling`; `scenes_said`) first says of
+        each picture what is where, and then answers from these words alone.
         """
         opened = {id(image): open_image(image) for image, _ in pairs}  # one picture, many questions
-        asked = [(opened[id(image)], checked_text(q, "question")) for image, q in pairs]
-        talks = self._looked([[user(image, self._plain(words, plain))] for image, words in asked])
+        asked = [(id(i), self._plain(checked_text(q, "question"), plain)) for i, q in pairs]
+        looks = dict(zip(opened, self._look_at([*opened.values()]), strict=False))
+        talks = [
+            [user(f"{looks[k]}. {words}") if looks and words != LOOK else user(opened[k], words)]
+            for k, words in asked
+        ]
         return self._texts(talks, Settings(), [0] * len(talks))
 
     def edit(
@@ -199,7 +203,9 @@ class UniMM:
         if not self.sampling.get("edit_located"):
             return [edit_messages(*pair) for pair in zip(images, words, strict=True)]
         asked = [[user(i["image"], WHERE + said)] for i, said in zip(images, words, strict=True)]
-        answers = self._texts(self._looked(asked), Settings(), [0] * len(asked))
+        for k, look in enumerate(self._look_at([i["image"] for i in images])):
+            asked[k] = [user(images[k]["image"], LOOK), assistant(look), user(WHERE + words[k])]
+        answers = self._texts(asked, Settings(), [0] * len(asked))
         said = [new or old for new, old in zip(answers, words, strict=True)]
         grid = self.processor.grid
         return [edit_messages(i, w, around(w, grid)) for i, w in zip(images, said, strict=True)]
@@ -229,28 +235,24 @@ class UniMM:
         sampling: Sampling = (guidance, temperature, top_k, top_p)
         talk = self._recent([self._plainly(message) for message in messages])
         requests, settings = self._requests([talk], "any", [seed]), self._settings(*sampling)
+        parts = [part for message in talk for part in checked(message)[1]]
+        pictures = [part["image"] for part in parts if "image" in part]
+        words = " ".join(part.get("text", "") for part in checked(talk[-1])[1]).strip()
+        looks = bool(self.sampling.get("look_first"))
         if not self.sampling.get("plain"):
             return [*messages, self._message(self.engine.run(requests, settings)[0])]
         for (answer,) in self.engine.stream(requests, settings):
             if answer.codes:  # it draws: what was asked for, from its first code
                 return [*messages, self._painted(talk, sampling, seed)]
-            looks = self._looked([talk])[0]
-            if len(looks) > len(talk):  # it speaks, and there are pictures to look at
-                requests = self._requests([self._recent(looks)], "text", [seed])
-                answer = self.engine.run(requests, settings)[0]
-                break
+            if looks and len(pictures) == 1 and words:  # of one picture it speaks as ever
+                return [*messages, assistant(self.ask(pictures[0], words))]
         return [*messages, self._message(answer)]
 
-    def _looked(self, talks: list[list[Message]]) -> list[list[Message]]:
-        """Conversations in which the model has said of each picture what is where, if it does."""
+    def _look_at(self, images: Sequence[Any]) -> list[str]:
+        """What is where in each picture, as the model sees it; nothing if it has not learned to."""
         if not self.sampling.get("look_first"):
-            return talks
-        parts = [part for talk in talks for message in talk for part in checked(message)[1]]
-        shown = {id(part["image"]): part["image"] for part in parts if "image" in part}
-        asked = [[user(image, LOOK)] for image in shown.values()]
-        said = self._texts(asked, Settings(), [0] * len(asked))
-        words = dict(zip(shown, said, strict=True))
-        return [[turn for message in talk for turn in with_looks(message, words)] for talk in talks]
+            return []
+        return self._texts([[user(i, LOOK)] for i in images], Settings(), [0] * len(images))
 
     def _plain(self, text: str, way: Callable[[str], str]) -> str:
         """The text, put plainly for a model that knows nothing else; as it is where that is all."""
@@ -460,18 +462,6 @@ def edit_messages(image: Any, instruction: str, redrawn: Any = None) -> list[Mes
     picture = {**as_part(image), "view": BOTH if redrawn is None else MARKED}
     picture |= {} if redrawn is None else {"redrawn": redrawn}
     return [user(checked_text(instruction, "instruction"), picture)]
-
-
-def with_looks(message: Message, words: dict[int, str]) -> list[Message]:
-    """The message as turns in which what is where in its pictures is asked and answered before the
-    rest of it; `words`: the answers, by the id of the picture."""
-    role, content = checked(message)
-    looks = [(part, assistant(words[id(part["image"])])) for part in content if "image" in part]
-    if role == "assistant":
-        return [message, *(turn for _, said in looks for turn in (user(LOOK), said))]
-    rest = [part for part in content if "image" not in part and part.get("text") != LOOK]
-    turns = [turn for part, said in looks for turn in (user(part, LOOK), said)]
-    return [*turns, user(*rest)] if rest else [message]
 
 
 def prompt_of(talk: list[Message]) -> str:

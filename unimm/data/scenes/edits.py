@@ -10,8 +10,8 @@ import numpy as np
 
 from unimm.data.places import PLACES, place
 
-from .language import describe, enumerate_words, phrase, pick, raster
-from .meaning import Spec, assigned, parse
+from .language import enumerate_words, phrase, pick, raster
+from .meaning import Spec, assigned
 from .references import refer
 from .sampling import fits, jitter
 from .world import SPLITS, Object, Scene, World, get_world, is_held_out
@@ -94,16 +94,14 @@ def located(before: Scene, after: Scene, off: tuple[int, int] = (0, 0)) -> str:
 
 
 def laid_out(scene: Scene, spec: Spec | None = None) -> str:
-    """A scene with all that a prompt leaves open, in the order in which that (or, without one, the
-    caption) names things: "a large cyan moon (2,3) and a small red star (6,6) on a white
-    background".
+    """A scene with all that a prompt leaves open, in the order in which that names things:
+    "a large cyan moon (2,3) and a small red star (6,6) on a white background".
 
-    Equal ones come in the order of `raster`. Raises ValueError where the prompt is not true.
+    Equal ones come in the order of `raster`, without a prompt all. Raises ValueError where the
+    prompt is not true.
     """
-    spec = spec or parse(describe(scene))
-    assert spec is not None
     ordered = replace(scene, objects=tuple(sorted(scene.objects, key=raster)))
-    groups = assigned(ordered, spec)
+    groups = assigned(ordered, spec) if spec else [list(ordered.objects)]
     if groups is None:
         raise ValueError("the scene is not what the prompt says")
     said = [_placed(o) for group in groups for o in group]
