@@ -474,7 +474,9 @@ def scenes_text(run: Any, world: str = "scenes") -> Made:
     return Made(make, (run.seed, 4))
 
 
-def scenes_said(run: Any, most: int = 8, world: str = "scenes") -> Made:
+def scenes_said(
+    run: Any, most: int = 8, types: tuple[str, ...] = (), world: str = "scenes"
+) -> Made:
     """What is where (`laid_out`), in words alone; then the caption and up to `most` questions, in
     some talks two about what is not there, and one that no scene answers (`UniMM.ask_all`)."""
 
@@ -482,7 +484,7 @@ def scenes_said(run: Any, most: int = 8, world: str = "scenes") -> Made:
         count = int(rng.choice(5, p=(0.1, 0.3, 0.2, 0.2, 0.2))) + 1
         scene = sample_scene(WORLDS[world], rng, count=min(count, WORLDS[world].max_objects))
         ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
-        turns = [(ask, describe(scene)), *some_questions(scene, rng, most)]
+        turns = [(ask, describe(scene)), *some_questions(scene, rng, most, types)]
         if rng.random() < 0.25:
             vain = absent_questions(scene, rng)
             turns += [(vain[k].text, vain[k].answer) for k in rng.permutation(len(vain))[:2]]
@@ -492,7 +494,7 @@ def scenes_said(run: Any, most: int = 8, world: str = "scenes") -> Made:
         turns[0] = (f"{laid_out(scene)}. {turns[0][0]}", turns[0][1])
         return _talk(*(m for q, a in turns for m in (user(q), assistant(a))))
 
-    return Made(make, (run.seed, 14))
+    return Made(make, (run.seed, 14, len(types)))
 
 
 def retold(scene: Scene, rng: np.random.Generator) -> str:
