@@ -84,12 +84,15 @@ def test_a_chat_of_one_picture_answers_as_ask_does(model):
     )
     stream = model.engine.stream
 
-    class Speaks:
-        codes, text, parts, done = [], [1], [("text", [5])], False
+    class Begins:  # it has not chosen yet
+        codes, text, parts, done = [], [], [], False
+
+    class Speaks(Begins):
+        text, parts = [1], [("text", [5])]
 
     def begins(requests, settings):
         model.engine.stream = stream
-        return iter([[Speaks()]])
+        return iter([[Begins()], [Speaks()]])
 
     def answer(talk):
         model.engine.stream = begins
@@ -99,3 +102,6 @@ def test_a_chat_of_one_picture_answers_as_ask_does(model):
     assert answer(shown) == model.ask(RED, "how many?") != answer([*shown, *more])
     assert answer([user("draw a star"), *more]) == model.ask(BLUE, "a star?")
     assert answer([*shown, *more]) == model.processor.text([5]).strip()
+    Speaks.text, Speaks.codes, painted = [], [1], []
+    model._painted = lambda *given: painted.append(given) or assistant("a picture")
+    assert answer(shown) == "a picture" and painted

@@ -244,7 +244,7 @@ class UniMM:
         for (answer,) in self.engine.stream(requests, settings):
             if answer.codes:  # it draws: what was asked for, from its first code
                 return [*messages, self._painted(talk, sampling, seed)]
-            if looks and len(pictures) == 1 and words:  # of one picture it speaks as ever
+            if answer.text and looks and len(pictures) == 1 and words:  # it speaks of one picture
                 return [*messages, assistant(self.ask(pictures[0], words))]
         return [*messages, self._message(answer)]
 
