@@ -127,8 +127,13 @@ def test_a_real_model_runs_through_and_is_reproducible(tmp_path, capsys):
     blind = bench.evaluate(model, n=6, blind=True)
     assert blind["protocol"]["blind"] and blind["protocol"]["counts"] == first["protocol"]["counts"]
     model.sampling["edit_located"] = True
-    asked, ask_all = [], model.ask_all
-    model.ask_all = lambda pairs: asked.extend(said for _, said in pairs) or ask_all(pairs)
+    asked, texts = [], model._texts
+
+    def watched(talks, *how):
+        asked.extend(talk[-1]["content"][-1]["text"] for talk in talks)
+        return texts(talks, *how)
+
+    model._texts = watched
     for hidden in (True, False):  # blind, nothing may say where something is
         bench.evaluate(model, n=6, blind=hidden)
         assert any(said.startswith("where: ") for said in asked) != hidden
