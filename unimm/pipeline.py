@@ -235,12 +235,12 @@ class UniMM:
         sampling: Sampling = (guidance, temperature, top_k, top_p)
         talk = self._recent([self._plainly(message) for message in messages])
         requests, settings = self._requests([talk], "any", [seed]), self._settings(*sampling)
+        if not self.sampling.get("plain"):
+            return [*messages, self._message(self.engine.run(requests, settings)[0])]
         parts = [part for message in talk for part in checked(message)[1]]
         pictures = [part["image"] for part in parts if "image" in part]
         words = " ".join(part.get("text", "") for part in checked(talk[-1])[1]).strip()
         looks = bool(self.sampling.get("look_first"))
-        if not self.sampling.get("plain"):
-            return [*messages, self._message(self.engine.run(requests, settings)[0])]
         for (answer,) in self.engine.stream(requests, settings):
             if answer.codes:  # it draws: what was asked for, from its first code
                 return [*messages, self._painted(talk, sampling, seed)]

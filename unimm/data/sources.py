@@ -399,12 +399,17 @@ def scenes_questions(
         scene, image = pictures.scene(k), pictures.image(k, codes=False)
         turns = some_questions(scene, rng, most, types)
         if absent and rng.random() < absent:
-            vain = absent_questions(scene, rng)
-            turns += [(vain[k].text, vain[k].answer) for k in rng.permutation(len(vain))[:2]]
+            turns += two_in_vain(scene, rng)
             turns = [turns[k] for k in rng.permutation(len(turns))]
         return _about(image, turns, _sometimes(scene, looked, rng))
 
     return Made(make, (run.seed, 3, *map(ord, only)))
+
+
+def two_in_vain(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Two questions about what is not there, and what is said to them."""
+    vain = absent_questions(scene, rng)
+    return [(vain[k].text, vain[k].answer) for k in rng.permutation(len(vain))[:2]]
 
 
 def scenes_several(run: Any, store: str, looked: float = 0.0) -> Made:
@@ -486,8 +491,7 @@ def scenes_said(
         ask = ASK_CAPTION[rng.integers(len(ASK_CAPTION))]
         turns = [(ask, describe(scene)), *some_questions(scene, rng, most, types)]
         if rng.random() < 0.25:
-            vain = absent_questions(scene, rng)
-            turns += [(vain[k].text, vain[k].answer) for k in rng.permutation(len(vain))[:2]]
+            turns += two_in_vain(scene, rng)
         if rng.random() < 0.15:
             turns.append(unknown_question(rng))
         turns = [turns[k] for k in rng.permutation(len(turns))]
