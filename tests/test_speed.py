@@ -1,5 +1,6 @@
 """What makes the engine fast must not change what it gives: kernel, sharing, batching, windows."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -171,6 +172,23 @@ def test_an_engine_without_kernel_fuses_and_the_model_goes_on_training(
     assert drawn(by_torch(*again[:2]), settings) == after
     quantize_decoder(model)
     assert drawn(engine, settings) and engine._stepper.fused is None
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_the_kernel_of_any_size(dtype):
+    """Rows are read as streams far apart; what does not divide into them is read as well."""
+    made = kernel.make_kernel(tiny_model()[0])
+    for rows, count in itertools.product((1, 3, 4, 7, 21, 64), (1, 2, 3, 4, 5, 8, 9)):
+        layer = torch.nn.Linear(96, rows).to(dtype)
+        x = torch.randn(count, 96).to(dtype).float()
+        with torch.inference_mode():
+            found, expected = (
+                made.linear(layer, x),
+                torch.nn.functional.linear(x, layer.weight.float(), layer.bias.float()),
+            )
+        made._weights.clear()  # kept by the id of the layer
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @NEEDS_KERNEL

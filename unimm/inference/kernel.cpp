@@ -77,9 +77,10 @@ static inline float total(V v) {
 #endif
 }
 
-// N rows of a weight by M inputs; y[m, n] with row stride `stride`.
+// N rows of a weight, `gap` apart, by M inputs; y[m, n] with row stride `stride`.
 template <class T, int M, int N>
-static inline void tile(const Weight& a, int64_t n0, const float* x, float* y, int64_t stride) {
+static inline void tile(
+    const Weight& a, int64_t n0, int64_t gap, const float* x, float* y, int64_t stride) {
   const int64_t cols = a.cols;
   const T* w = (const T*)a.w + n0 * cols;
   V sum[N][M] = {};
@@ -89,8 +90,7 @@ static inline void tile(const Weight& a, int64_t n0, const float* x, float* y, i
     for (int m = 0; m < M; m++) in[m] = load(x + m * cols + k);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      const V row = load(w + n * cols + k);
-      __builtin_prefetch((const char*)(w + n * cols + k) + 2048);
+      const V row = load(w + n * gap * cols + k);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) sum[n][m] += row * in[m];
     }
@@ -99,15 +99,17 @@ static inline void tile(const Weight& a, int64_t n0, const float* x, float* y, i
   for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const float scale = a.scale ? a.scale[n0 + n] : 1.f, bias = a.bias ? a.bias[n0 + n] : 0.f;
-      y[m * stride + n0 + n] = total(sum[n][m]) * scale + bias;
+      const int64_t at = n0 + n * gap;
+      const float scale = a.scale ? a.scale[at] : 1.f, bias = a.bias ? a.bias[at] : 0.f;
+      y[m * stride + at] = total(sum[n][m]) * scale + bias;
     }
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 // The same with bfloat16 inputs: two products a lane, sums in float32. Needs cols % 32 == 0.
 template <int M, int N>
-static inline void dots(const Weight& a, int64_t n0, const bf16* x, float* y, int64_t stride) {
+static inline void dots(
+    const Weight& a, int64_t n0, int64_t gap, const bf16* x, float* y, int64_t stride) {
   const int64_t cols = a.cols;
   const bf16* w = (const bf16*)a.w + n0 * cols;
   __m512 sum[N][M];
@@ -121,8 +123,7 @@ static inline void dots(const Weight& a, int64_t n0, const bf16* x, float* y, in
     for (int m = 0; m < M; m++) in[m] = (__m512bh)_mm512_loadu_si512(x + m * cols + k);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      const __m512bh row = (__m512bh)_mm512_loadu_si512(w + n * cols + k);
-      __builtin_prefetch((const char*)(w + n * cols + k) + 2048);
+      const __m512bh row = (__m512bh)_mm512_loadu_si512(w + n * gap * cols + k);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) sum[n][m] = _mm512_dpbf16_ps(sum[n][m], row, in[m]);
     }
@@ -130,13 +131,15 @@ static inline void dots(const Weight& a, int64_t n0, const bf16* x, float* y, in
 #pragma GCC unroll 8
   for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-      y[m * stride + n0 + n] = _mm512_reduce_add_ps(sum[n][m]) + (a.bias ? a.bias[n0 + n] : 0.f);
+    for (int m = 0; m < M; m++) {
+      const int64_t at = n0 + n * gap;
+      y[m * stride + at] = _mm512_reduce_add_ps(sum[n][m]) + (a.bias ? a.bias[at] : 0.f);
+    }
 }
 constexpr bool DOTS = true;
 #else
 template <int M, int N>
-static inline void dots(const Weight&, int64_t, const bf16*, float*, int64_t) {}
+static inline void dots(const Weight&, int64_t, int64_t, const bf16*, float*, int64_t) {}
 constexpr bool DOTS = false;
 #endif
 
@@ -145,28 +148,34 @@ static inline bool by_dots(const Weight& a) {
 }
 
 template <int M, int N>
-static inline void any_tile(
-    const Weight& a, int64_t n, const float* x, const bf16* h, float* y, int64_t stride) {
-  if (by_dots(a)) return dots<M, N>(a, n, h, y, stride);
-  if (a.kind == FLOAT32) return tile<float, M, N>(a, n, x, y, stride);
-  if (a.kind == BFLOAT16) return tile<bf16, M, N>(a, n, x, y, stride);
-  return tile<int8_t, M, N>(a, n, x, y, stride);
+static inline void any_tile(const Weight& a, int64_t n, int64_t gap, const float* x, const bf16* h,
+                            float* y, int64_t stride) {
+  if (by_dots(a)) return dots<M, N>(a, n, gap, h, y, stride);
+  if (a.kind == FLOAT32) return tile<float, M, N>(a, n, gap, x, y, stride);
+  if (a.kind == BFLOAT16) return tile<bf16, M, N>(a, n, gap, x, y, stride);
+  return tile<int8_t, M, N>(a, n, gap, x, y, stride);
 }
 
 template <int M>
 static void block(const Weight& a, int64_t n, int64_t end, const float* x, const bf16* h, float* y,
                   int64_t stride) {
-  for (; n + 4 <= end; n += 4) any_tile<M, 4>(a, n, x, h, y, stride);
-  for (; n < end; n++) any_tile<M, 1>(a, n, x, h, y, stride);
+  const int64_t gap = a.rows / 4;  // four rows far apart: each a stream that memory runs ahead of
+  for (; n < end; n++) {
+    if (n < gap)
+      any_tile<M, 4>(a, n, gap, x, h, y, stride);
+    else
+      any_tile<M, 1>(a, n + 3 * gap, 0, x, h, y, stride);
+  }
 }
 
 // y (rows, stride) = x (rows, cols) a^T + bias; h: x in bfloat16. Shared by the threads of a team.
 static void product(const Weight& a, const float* x, const bf16* h, float* y, int64_t rows,
                     int64_t stride) {
-  constexpr int64_t WIDE = 16;  // weights of a block stay in the first cache for all inputs
+  constexpr int64_t WIDE = 4;  // weights of a block stay in the first cache for all inputs
+  const int64_t turns = a.rows / 4 + a.rows % 4;
 #pragma omp for schedule(static) nowait
-  for (int64_t n = 0; n < a.rows; n += WIDE) {
-    const int64_t end = std::min(n + WIDE, a.rows);
+  for (int64_t n = 0; n < turns; n += WIDE) {
+    const int64_t end = std::min(n + WIDE, turns);
     for (int64_t m = 0; m < rows; m += 4) {
       const float* in = x + m * a.cols;
       const bf16* half = h + m * a.cols;
