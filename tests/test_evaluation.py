@@ -43,7 +43,7 @@ class Oracle:
             self.after.append(after)
             return before, words, after
 
-        def draw(model, talks, settings, seed, blind=False):
+        def draw(model, talks, settings, seed, protocol):
             scenes = self.after if settings.guidance == 7.5 else self.drawn
             scenes = scenes[1:] + scenes[:1] if lie else scenes
             yield from [render(scene, "scenes-mini") for scene in scenes]
@@ -148,7 +148,7 @@ def test_best_of_counts_the_picture_that_the_model_chooses(monkeypatch):
     """Of three tries the second is right; a judge that sees takes it, one that errs does not."""
     oracle, seeds = Oracle(monkeypatch), []
 
-    def draw(model, talks, settings, seed, blind=False):
+    def draw(model, talks, settings, seed, protocol):
         if settings.guidance == 2.0:
             seeds.append(seed)
         right = len(seeds) % 3 == 2 or settings.guidance == 7.5

@@ -1,13 +1,28 @@
 """Questions about a picture, of which the model has first said what is where."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from conftest import tiny_model
 
-from unimm.data.places import LOOK
+from unimm.data.places import LOOK, THING
 from unimm.data.processor import assistant, user
+from unimm.data.scenes import (
+    EDITS,
+    Scene,
+    alike,
+    carried_out,
+    edit_kind,
+    edits,
+    laid_out,
+    located,
+    read_out,
+    sample_scene,
+)
+from unimm.inference.judging import as_asked, as_changed
 from unimm.inference.sampling import Settings
-from unimm.pipeline import UniMM
+from unimm.pipeline import AGAIN, UniMM
 
 RED, BLUE = (np.full((32, 32, 3), color, np.uint8) for color in ((200, 30, 30), (30, 30, 200)))
 
@@ -105,3 +120,90 @@ def test_a_chat_of_one_picture_answers_as_ask_does(model):
     Speaks.text, Speaks.codes, painted = [], [1], []
     model._painted = lambda *given: painted.append(given) or assistant("a picture")
     assert answer(shown) == "a picture" and painted
+
+
+def test_layouts_are_read_as_they_were_said():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = sample_scene("scenes", rng)
+        said = laid_out(scene)
+        read = read_out(said)
+        assert alike(read, scene)
+        assert sorted(THING.findall(laid_out(read))) == sorted(THING.findall(said))
+    for words in ("", "a star", "on a white background", "a small red star (2,2) on a white"):
+        assert read_out(words) is None
+
+
+def test_instructions_are_carried_out_as_they_were_meant():
+    rng, kinds = np.random.default_rng(0), Counter()
+    while min(kinds[kind] for kind in EDITS) < 10:
+        before = sample_scene("scenes", rng)
+        after = edits("scenes", before, rng)[1]
+        said, seen = located(before, after), laid_out(before)
+        assert alike(carried_out(said, read_out(seen)), after), said
+        assert as_changed(seen, said, laid_out(after)) and not as_changed(seen, said, seen)
+        kinds[edit_kind(before, after)] += 1
+    assert carried_out("make it red", before) is None
+    assert carried_out("remove the small red star (1,1)", Scene((), "white")) is None
+    assert as_changed(seen, "make it red", seen)  # who can tell?
+
+
+def test_of_equal_things_the_nearest_is_meant():
+    scene = read_out("a small red star (2,2) and a small red star (6,6) on a white background")
+    left = carried_out("remove the small red star (5,6)", scene)
+    assert laid_out(left) == "a small red star (2,2) on a white background"
+
+
+def test_a_picture_that_reads_as_asked():
+    seen = "a small red star (2,2) and a large blue ring (6,2) on a white background"
+    assert as_asked("a red star left of a blue ring", seen)
+    assert not as_asked("a red star right of a blue ring", seen)
+    assert not as_asked("a red star", seen) and not as_asked("a red star", "a blur")
+    assert as_asked("a castle by the sea", seen)  # who can tell?
+
+
+def sees(model, *looks):
+    """Let the model see this in the pictures that it looks at, try after try."""
+    coming = iter(looks)
+    model._look_at = lambda images: [next(coming) for _ in images]
+
+
+RIGHT, WRONG = (f"a small {name} star (4,4) on a white background" for name in ("red", "blue"))
+
+
+@pytest.mark.parametrize("looks, taken", [
+    ([RIGHT], 0), ([WRONG, RIGHT], 1), ([WRONG, WRONG, RIGHT], 2), ([WRONG] * 3, 0),
+])  # fmt: skip
+def test_what_is_seen_to_be_wrong_is_drawn_again(model, looks, taken):
+    """The first try that is seen to be right, or the first of all; edits and streams too."""
+    model.sampling |= {"tries": 3, "try_temperature": 1.0}
+    settings, talk = Settings(1.0, 0.0), [user("a red star")]
+    tries = [model._draw([talk], settings, [7])[0]]
+    for again in (1, 2):
+        sampled = Settings(1.0, 1.0)
+        tries += model._draw([talk], sampled, [7 + again * AGAIN])
+    assert len({tuple(codes) for codes in tries}) == 3
+    sees(model, *looks)
+    assert model.draw_codes([talk], settings, 7) == [tries[taken]]
+    assert model.draw_codes([talk], settings, 7, tries=1) == [tries[0]]
+    sees(model, *looks)
+    *_, last = model.generate_stream("a red star", guidance=1.0, temperature=0.0, seed=7)
+    assert np.array_equal(last, model.pictures([tries[taken]])[0])
+
+
+def test_only_what_is_wrong_is_drawn_again(model):
+    """Of several pictures, each with its own seed; and an edit by what it was to change."""
+    model.sampling |= {"tries": 2, "edit_located": True}
+    ((edit,),) = model.edits([(RED, "make the star blue")])
+    said, shown = edit["content"]
+    edit["content"] = [{**said, "text": "make the small red star (4,4) a small blue star"}, shown]
+    shown["seen"] = RIGHT
+    talks = [[user("a red star")], [edit], [user("a red star")]]
+    firsts, again = (
+        model._draw(talks, Settings(), [3, 4, 5]),
+        model._draw(talks[1:2], Settings(), [4 + AGAIN]),
+    )
+    sees(model, RIGHT, RIGHT, RIGHT, WRONG)
+    assert model.draw_codes(talks, Settings(), 3) == [firsts[0], again[0], firsts[2]]
+    model.sampling["look_first"] = False
+    assert model.draw_codes(talks, Settings(), 3) == firsts

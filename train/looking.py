@@ -19,6 +19,7 @@ from unimm.data.sources import scenes_said
 
 layouts = load_recipe(Path(__file__).with_name("layouts.py")).config
 LOOKED = {"looked": 0.8}
+SAMPLING = {"look_first": True, "tries": 6, "try_temperature": 1.0}
 CHANGES = {  # weights, and what else is said
     "additions": (3.0, {}),
     "edits": (4.0, {"kinds": {**layouts.data["edits"].options["kinds"], "reshape": 2.5}}),
@@ -55,7 +56,7 @@ config = dataclasses.replace(
     steps=400,
     options={
         **layouts.options,
-        "sampling": {**layouts.options["sampling"], "look_first": True},
+        "sampling": {**layouts.options["sampling"], **SAMPLING},
     },
     kind_weights={"text": 2.0, "code": 1.0},
 )

@@ -202,8 +202,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.benchmark not in BENCHMARKS:
         names = ", ".join(BENCHMARKS)
         raise ValueError(f"no benchmark {args.benchmark!r}: choose one of {names}")
-    if (args.n is not None and args.n < 1) or args.seeds < 1 or args.best_of < 1:
-        raise ValueError("--n, --seeds and --best-of must be 1 or more")
+    counts = (args.n, args.seeds, args.best_of, args.tries)
+    if any(count is not None and count < 1 for count in counts):
+        raise ValueError("--n, --seeds, --best-of and --tries must be 1 or more")
     for path in filter(None, (args.json, args.items)):
         check_writable(Path(path), folder=False, endings=(".json",))
     options: dict[str, Any] = {} if args.n is None else {"n": args.n}
@@ -211,6 +212,8 @@ def evaluate(args: argparse.Namespace) -> None:
         options["guidance"] = args.guidance
     if args.best_of > 1:
         options["best_of"] = args.best_of
+    if args.tries is not None:
+        options["tries"] = args.tries
     if args.data:
         options["data"] = args.data
     if args.first_seed is not None:
@@ -346,6 +349,7 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance", type=float, help="the model's own if absent")
     p.add_argument("--blind", action="store_true", help="control: hide prompts and pictures")
     p.add_argument("--best-of", type=int, default=1, help="the model chooses among so many")
+    p.add_argument("--tries", type=int, help="at what it sees is wrong; the model's own if absent")
     p.add_argument("--json", metavar="FILE", help="write the result there too")
     p.add_argument("--items", metavar="FILE", help="write there what was right, item by item")
     p.add_argument("--before", metavar="FILE", help="another model's --items: what changed")

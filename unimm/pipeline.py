@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from unimm.data.scenes import parse
 from unimm.data.wording import plain, plain_prompt, plain_wish
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
-from unimm.inference.judging import agreement
+from unimm.inference.judging import agreement, as_asked, as_changed
 from unimm.inference.kernel import signature
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
 
 BATCH = 16  # pictures drawn side by side
+AGAIN = 10_007  # from the seed of one try at a picture to that of the next
 ROOM = 8  # slots beside the codes of a picture in an answer
 Sampling = tuple[float | None, float | None, int, float]  # guidance, temperature, top_k, top_p
 NEW = re.compile(  # how what asks for a new picture begins
@@ -143,13 +145,17 @@ class UniMM:
         settings = self._settings(guidance, temperature, top_k, top_p)
         if steps := self._steps([words], [seed])[0]:
             for pieces in self._piecewise([steps], settings, [seed]):
-                yield self.pictures(pieces)[0]
-            return
-        request = self._requests([[user(words)]], "image", [seed])
-        for answer in self.engine.stream(request, settings):
-            codes = answer[0].codes
-            if answer[0].done or len(codes) % every == 0:
-                yield self._partial(codes)
+                codes = pieces[0]
+                yield self.pictures([codes])[0]
+        else:
+            request = self._requests([[user(words)]], "image", [seed])
+            for answer in self.engine.stream(request, settings):
+                codes = answer[0].codes
+                if answer[0].done or len(codes) % every == 0:
+                    yield self._partial(codes)
+        (better,) = self._looked_over([[user(words)]], [codes], settings, [seed])
+        if better != codes:
+            yield self.pictures([better])[0]
 
     def caption(self, image: Any) -> str:
         """What is in the picture, in words."""
@@ -187,7 +193,7 @@ class UniMM:
     ) -> Image.Image:
         """The picture with the change made."""
         settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_")
-        return self.pictures(self._draw(self.edits([(image, instruction)]), settings, [seed]))[0]
+        return self.pictures(self.draw_codes(self.edits([(image, instruction)]), settings, seed))[0]
 
     def edits(self, pairs: Sequence[tuple[Any, str]]) -> list[list[Message]]:
         """The conversations that `edit` continues, of (picture, instruction) pairs.
@@ -204,6 +210,7 @@ class UniMM:
             return [edit_messages(*pair) for pair in zip(images, words, strict=True)]
         asked = [[user(i["image"], WHERE + said)] for i, said in zip(images, words, strict=True)]
         for k, look in enumerate(self._look_at([i["image"] for i in images])):
+            images[k]["seen"] = look
             asked[k] = [user(images[k]["image"], LOOK), assistant(look), user(WHERE + words[k])]
         answers = self._texts(asked, Settings(), [0] * len(asked))
         said = [new or old for new, old in zip(answers, words, strict=True)]
@@ -293,17 +300,58 @@ class UniMM:
             codes = self.draw_codes([[user(prompt)]], self._settings(*sampling), seed)
         else:
             talk = self.edits([(pictures[-1], checked_text(words, "message"))])
-            codes = self._draw(talk, self._settings(*sampling, "edit_"), [seed])
+            codes = self.draw_codes(talk, self._settings(*sampling, "edit_"), seed)
         return self._message(Answer([(CODE, codes[0])]))
 
     def draw_codes(
-        self, talks: Sequence[list[Message]], settings: Settings, seed: int
+        self,
+        talks: Sequence[list[Message]],
+        settings: Settings,
+        seed: int,
+        tries: int | None = None,
     ) -> list[list[int]]:
         """The codes of the pictures that answer conversations; picture k uses seed + k.
 
-        Where one is a prompt alone, of many things, it is drawn thing by thing (`generate`).
+        Where one is a prompt alone, of many things, it is drawn thing by thing (`generate`). A
+        model that looks first ("look_first" in its `sampling`) also looks at what it drew, and
+        where it does not see what was asked for, it tries again, `tries` times in all (None:
+        "tries" in its `sampling`); if it never does, the first try is what it gives.
         """
         seeds = [seed + k for k in range(len(talks))]
+        codes = self._once(talks, settings, seeds)
+        return self._looked_over(talks, codes, settings, seeds, tries)
+
+    def _looked_over(
+        self,
+        talks: Sequence[list[Message]],
+        codes: list[list[int]],
+        settings: Settings,
+        seeds: list[int],
+        tries: int | None = None,
+    ) -> list[list[int]]:
+        """`codes`, the first tries at pictures, or better ones."""
+        tries, codes = self.sampling.get("tries", 1) if tries is None else tries, list(codes)
+        if tries < 2 or not self.sampling.get("look_first"):
+            return codes
+        least = float(self.sampling.get("try_temperature", 0.0))  # greedily, all tries are one
+        settings = replace(settings, temperature=max(settings.temperature, least))
+        wrong, new = list(range(len(talks))), codes
+        for again in range(tries):
+            if again:
+                seeds_now = [(seeds[k] + again * AGAIN) % 2**63 for k in wrong]
+                new = self._once([talks[k] for k in wrong], settings, seeds_now)
+            seen = self._look_at(self.pictures(new))
+            right = [fits(talks[k], words) for k, words in zip(wrong, seen, strict=True)]
+            for k, drawn, good in zip(wrong, new, right, strict=True):
+                codes[k] = drawn if good else codes[k]
+            wrong = [k for k, good in zip(wrong, right, strict=True) if not good]
+            if not wrong:
+                break
+        return codes
+
+    def _once(
+        self, talks: Sequence[list[Message]], settings: Settings, seeds: list[int]
+    ) -> list[list[int]]:
         prompts = {k: words for k, talk in enumerate(talks) if (words := prompt_of(talk))}
         said = self._steps(list(prompts.values()), [seeds[k] for k in prompts])
         steps = {k: pieces for k, pieces in zip(prompts, said, strict=True) if pieces}
@@ -464,6 +512,17 @@ def edit_messages(image: Any, instruction: str, redrawn: Any = None) -> list[Mes
     return [user(checked_text(instruction, "instruction"), picture)]
 
 
+def fits(talk: list[Message], seen: str) -> bool:
+    """Whether a picture read out in words (`seen`) is what a conversation asks for, a prompt alone
+    or an edit (`UniMM.edits`); True where that cannot be told."""
+    if prompt := prompt_of(talk):
+        return as_asked(prompt, seen)
+    parts = checked(talk[0])[1]
+    if len(talk) > 1 or len(parts) != 2 or "seen" not in parts[1]:
+        return True
+    return as_changed(parts[1]["seen"], parts[0]["text"], seen)
+
+
 def prompt_of(talk: list[Message]) -> str:
     """The words of a conversation that is one message of nothing else; "" of any other."""
     parts = checked(talk[0])[1] if len(talk) == 1 else []
@@ -474,8 +533,8 @@ def as_part(image: Any) -> dict[str, Any]:
     """A picture as the content part of a message; where it is one already, with its codes."""
     if not isinstance(image, dict):
         return {"image": open_image(image)}
-    codes = {"codes": image["codes"]} if "codes" in image else {}
-    return {"image": open_image(image["image"]), **codes}
+    known = {name: image[name] for name in ("codes", "seen") if name in image}
+    return {"image": open_image(image["image"]), **known}
 
 
 def checked_text(text: str, what: str) -> str:

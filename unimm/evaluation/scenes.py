@@ -58,6 +58,7 @@ class Protocol:
     edit_temperature: float = 1.0
     blind: bool = False
     best_of: int = 1
+    tries: int = 1
 
 
 @dataclass
@@ -101,6 +102,7 @@ def evaluate(
     world: str | None = None,
     before: list[Any] | None = None,
     best_of: int = 1,
+    tries: int | None = None,
     first_seed: int = Protocol.first_seed,
 ) -> dict[str, Any]:
     """All scores of a model on Scenes, in 0..1, means over `seeds` runs on different scenes, of
@@ -110,6 +112,7 @@ def evaluate(
     `before`: the "items" of another model's result; what changed is then in "paired".
     `best_of`: of so many pictures of a prompt, the first of them those of best_of=1, the one counts
     that the model itself chooses (`generate(…, best_of=…)`); edits are drawn once.
+    `tries`: at a picture or an edit that the model, looking at it, finds wrong (None: its own way).
     Returns {"held_out": {"generation": …, "understanding": …, "edits": …}, "seen": {…},
     "protocol": {…}, "items": [what was right, one entry a seed]}.
     """
@@ -126,6 +129,7 @@ def evaluate(
         edit_temperature=usual("edit_temperature", drawn) if temperature is None else temperature,
         blind=blind,
         best_of=best_of,
+        tries=usual("tries", 1) if tries is None else tries,
     )
     runs = [one_seed(model, protocol, protocol.first_seed + k) for k in range(seeds)]
     scored = [scores(run) for run in runs]
@@ -213,7 +217,7 @@ def score_generation(model: UniMM, protocol: Protocol, split: str, seed: int) ->
     settings = Settings(protocol.guidance, protocol.temperature)
     talks = [[user(words)] for _, words in jobs]
     tries = [
-        list(draw(model, talks, settings, seed * 100_003 + again * AGAIN, protocol.blind))
+        list(draw(model, talks, settings, seed * 100_003 + again * AGAIN, protocol))
         for again in range(protocol.best_of)
     ]
     pixels = best(model, tries, [words for _, words in jobs])
@@ -268,7 +272,7 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
     # Blind, the words must not say where either.
     talks = [edit_messages(*pair) for pair in asked] if protocol.blind else model.edits(asked)
     settings = Settings(protocol.edit_guidance, protocol.edit_temperature)
-    pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol.blind)
+    pixels = draw(model, talks, settings, seed * 100_003 + 50_000, protocol)
     for k, ((before, _, after), picture) in enumerate(zip(jobs, pixels, strict=True)):
         right = edit_holds(before, _seen(picture, protocol), after)
         tally.add("edit", k, right)
@@ -277,18 +281,18 @@ def score_edits(model: UniMM, protocol: Protocol, split: str, seed: int) -> Tall
 
 
 def draw(
-    model: UniMM, talks: list[list[Any]], settings: Settings, seed: int, blind: bool = False
+    model: UniMM, talks: list[list[Any]], settings: Settings, seed: int, protocol: Protocol
 ) -> Iterator[np.ndarray]:
-    """One picture a conversation, uint8 (H, W, 3); `blind` hides the words of the prompt."""
+    """One picture a conversation, uint8 (H, W, 3); blind, the words of the prompt are hidden."""
     processor = model.processor
     for start in range(0, len(talks), BATCH):
         part = talks[start : start + BATCH]
-        if blind:
+        if protocol.blind:
             samples = [processor.unguided(processor.encode(talk, "image")) for talk in part]
             requests = [Request(s, "image", seed + start + k) for k, s in enumerate(samples)]
             codes = [answer.codes for answer in model.engine.run(requests, settings)]
         else:
-            codes = model.draw_codes(part, settings, seed + start)
+            codes = model.draw_codes(part, settings, seed + start, protocol.tries)
         pixels = processor.pixels(codes, model.model.decoder.norm.weight.dtype)
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         yield from levels.permute(0, 2, 3, 1).numpy()

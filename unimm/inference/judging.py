@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from unimm.data.processor import Processor, assistant, user
-from unimm.data.scenes import implied_questions, parse
+from unimm.data.scenes import alike, carried_out, implied_questions, parse, read_out, satisfies
 from unimm.model.unified import UnifiedModel
 
 BATCH = 32
@@ -42,3 +42,18 @@ def wanted(prompt: str) -> list[tuple[str, str]]:
     if spec is None:
         return [(f"does the picture show {prompt}?", "yes")]
     return implied_questions(spec)
+
+
+def as_asked(prompt: str, seen: str) -> bool:
+    """Whether a picture read out in words ("a small red star (2,2) on a white background") is what
+    a prompt asks for; True where that cannot be told, as of a prompt outside Scenes."""
+    spec, scene = parse(prompt), read_out(seen)
+    return spec is None or (scene is not None and satisfies(scene, spec))
+
+
+def as_changed(before: str, instruction: str, after: str) -> bool:
+    """Whether a picture read out before and after an instruction ("remove the small red star
+    (2,2)") has that change and no other; True where that cannot be told."""
+    old, new = read_out(before), read_out(after)
+    wanted = carried_out(instruction, old) if old else None
+    return wanted is None or (new is not None and alike(new, wanted))

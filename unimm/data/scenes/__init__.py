@@ -6,7 +6,18 @@ All but the checker needs numpy and Pillow only; the checker loads torch when it
 from typing import TYPE_CHECKING, Any
 
 from .drawing import render
-from .edits import EDITS, edit_holds, edit_kind, edits, laid_out, located, misdirected
+from .edits import (
+    EDITS,
+    alike,
+    carried_out,
+    edit_holds,
+    edit_kind,
+    edits,
+    laid_out,
+    located,
+    misdirected,
+    read_out,
+)
 from .hindsight import nearest, plain
 from .language import describe, express, prompt, task_prompt
 from .meaning import Spec, complete, parse, satisfies
@@ -64,6 +75,8 @@ __all__ = [
     "Spec",
     "World",
     "absent_questions",
+    "alike",
+    "carried_out",
     "check",
     "complete",
     "describe",
@@ -91,6 +104,7 @@ __all__ = [
     "plain",
     "prompt",
     "questions",
+    "read_out",
     "refer",
     "relation_holds",
     "render",

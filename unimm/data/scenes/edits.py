@@ -4,6 +4,9 @@ Everything that is not spoken of stays where it is to the last digit, jitter inc
 """
 
 import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +42,7 @@ _SAYINGS = {
     ),
 }
 _TRIES = 500
+_PLACED = r"(small|large) ([a-z]+) ([a-z]+) \((\d),(\d)\)"  # what `_placed` says, with no article
 _NEAR = 0.08  # how far an object may be from its place, in picture widths
 
 
@@ -106,6 +110,51 @@ def laid_out(scene: Scene, spec: Spec | None = None) -> str:
         raise ValueError("the scene is not what the prompt says")
     said = [_placed(o) for group in groups for o in group]
     return f"{enumerate_words(said)} on a {scene.background} background"
+
+
+def read_out(words: str) -> Scene | None:
+    """The scene of a layout (`laid_out`), each thing in the middle of its place; None of others."""
+    ground = re.search(r" on an? ([a-z]+) background$", words)
+    things = re.findall(rf"an? {_PLACED}", words)
+    return Scene(tuple(map(_thing, things)), ground[1]) if ground and things else None
+
+
+def carried_out(words: str, scene: Scene) -> Scene | None:
+    """The scene after an instruction as `located` says it; None where it is of nothing there."""
+    if ground := re.fullmatch(r"make the background ([a-z]+)", words):
+        return replace(scene, background=ground[1])
+    if added := re.fullmatch(rf"add an? {_PLACED}", words):
+        return replace(scene, objects=(*scene.objects, _thing(added.groups())))
+    found = re.fullmatch(
+        rf"(?:make|remove) the {_PLACED}(?: an? (small|large) ([a-z]+) ([a-z]+))?", words
+    )
+    if not found:
+        return None
+    meant, new = _thing(found.groups()[:5]), found.groups()[5:]
+    equal = [o for o in scene.objects if _kind(o) == _kind(meant)]
+    if not equal:
+        return None
+    old = min(equal, key=lambda o: math.hypot(o.x - meant.x, o.y - meant.y))
+    size, color, shape = new
+    made = () if size is None else (replace(old, size=size, color=color, shape=shape),)
+    return replace(scene, objects=(*(o for o in scene.objects if o is not old), *made))
+
+
+def alike(a: Scene, b: Scene) -> bool:
+    """Whether two scenes have the same background and the same things, wherever these are."""
+    return a.background == b.background and Counter(map(_kind, a.objects)) == Counter(
+        map(_kind, b.objects)
+    )
+
+
+def _thing(said: Sequence[str]) -> Object:
+    size, color, shape, *at = said
+    x, y = ((int(number) - 0.5) / PLACES for number in at)
+    return Object(shape, color, size, x, y)
+
+
+def _kind(o: Object) -> tuple[str, str, str]:
+    return o.size, o.color, o.shape
 
 
 def _name(o: Object, article: bool = True) -> str:
