@@ -77,6 +77,8 @@ static inline float total(V v) {
 #endif
 }
 
+constexpr int AHEAD = 8192;  // bytes of a row's stream to have in the second cache
+
 // N rows of a weight, `gap` apart, by M inputs; y[m, n] with row stride `stride`.
 template <class T, int M, int N>
 static inline void tile(
@@ -91,6 +93,7 @@ static inline void tile(
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       const V row = load(w + n * gap * cols + k);
+      if (M > 2) __builtin_prefetch((const char*)(w + n * gap * cols + k) + AHEAD, 0, 2);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) sum[n][m] += row * in[m];
     }
@@ -124,6 +127,7 @@ static inline void dots(
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       const __m512bh row = (__m512bh)_mm512_loadu_si512(w + n * gap * cols + k);
+      if (M > 2) __builtin_prefetch((const char*)(w + n * gap * cols + k) + AHEAD, 0, 2);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) sum[n][m] = _mm512_dpbf16_ps(sum[n][m], row, in[m]);
     }
@@ -156,35 +160,32 @@ static inline void any_tile(const Weight& a, int64_t n, int64_t gap, const float
   return tile<int8_t, M, N>(a, n, gap, x, y, stride);
 }
 
+// Four rows of a weight, far apart, so that each is a stream that the memory runs ahead of; the
+// turns behind those take one of the rows that are left over.
 template <int M>
-static void block(const Weight& a, int64_t n, int64_t end, const float* x, const bf16* h, float* y,
+static void block(const Weight& a, int64_t n, const float* x, const bf16* h, float* y,
                   int64_t stride) {
-  const int64_t gap = a.rows / 4;  // four rows far apart: each a stream that memory runs ahead of
-  for (; n < end; n++) {
-    if (n < gap)
-      any_tile<M, 4>(a, n, gap, x, h, y, stride);
-    else
-      any_tile<M, 1>(a, n + 3 * gap, 0, x, h, y, stride);
-  }
+  const int64_t gap = a.rows / 4;
+  if (n < gap)
+    any_tile<M, 4>(a, n, gap, x, h, y, stride);
+  else
+    any_tile<M, 1>(a, n + 3 * gap, 0, x, h, y, stride);
 }
 
 // y (rows, stride) = x (rows, cols) a^T + bias; h: x in bfloat16. Shared by the threads of a team.
 static void product(const Weight& a, const float* x, const bf16* h, float* y, int64_t rows,
                     int64_t stride) {
-  constexpr int64_t WIDE = 4;  // weights of a block stay in the first cache for all inputs
-  const int64_t turns = a.rows / 4 + a.rows % 4;
 #pragma omp for schedule(static) nowait
-  for (int64_t n = 0; n < turns; n += WIDE) {
-    const int64_t end = std::min(n + WIDE, turns);
+  for (int64_t n = 0; n < a.rows / 4 + a.rows % 4; n++) {
     for (int64_t m = 0; m < rows; m += 4) {
       const float* in = x + m * a.cols;
       const bf16* half = h + m * a.cols;
       float* out = y + m * stride;
       switch (rows - m) {
-        case 1: block<1>(a, n, end, in, half, out, stride); break;
-        case 2: block<2>(a, n, end, in, half, out, stride); break;
-        case 3: block<3>(a, n, end, in, half, out, stride); break;
-        default: block<4>(a, n, end, in, half, out, stride);
+        case 1: block<1>(a, n, in, half, out, stride); break;
+        case 2: block<2>(a, n, in, half, out, stride); break;
+        case 3: block<3>(a, n, in, half, out, stride); break;
+        default: block<4>(a, n, in, half, out, stride);
       }
     }
   }
