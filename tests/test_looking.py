@@ -207,3 +207,29 @@ def test_only_what_is_wrong_is_drawn_again(model):
     assert model.draw_codes(talks, Settings(), 3) == [firsts[0], again[0], firsts[2]]
     model.sampling["look_first"] = False
     assert model.draw_codes(talks, Settings(), 3) == firsts
+
+
+SEEN = "a small red star (2,2) and a large blue ring (6,2) on a white background"
+TRUE, FALSE = (
+    f"a {name} star left of a blue ring on a white background" for name in ("red", "blue")
+)
+
+
+@pytest.mark.parametrize("said, kept", [
+    ([TRUE], TRUE), ([FALSE, FALSE, TRUE], TRUE), ([FALSE, "yes", FALSE], FALSE),
+    (["a red star"], "a red star"), (["yes"], "yes"),
+])  # fmt: skip
+def test_a_description_that_is_not_what_was_seen_is_said_again(model, said, kept):
+    """Three times in all, with other noise each; an answer that describes no picture is kept."""
+    model.sampling |= {"tries": 3, "try_temperature": 1.0}
+    coming, noise = iter(said), []
+
+    def texts(talks, settings, seeds):
+        if words_of(talks[0]) == [["a picture", LOOK]]:
+            return [SEEN]
+        noise.append((settings.text_temperature, *seeds))
+        return [next(coming)]
+
+    model._texts = texts
+    assert model.caption(RED) == kept
+    assert noise == [(0.0, 0), (1.0, 1), (1.0, 2)][: len(said)] and not list(coming)

@@ -28,7 +28,7 @@ from unimm.data.scenes import parse
 from unimm.data.wording import plain, plain_prompt, plain_wish
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
-from unimm.inference.judging import agreement, as_asked, as_changed
+from unimm.inference.judging import agreement, as_asked, as_changed, untold
 from unimm.inference.kernel import signature
 from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, UnifiedModel
@@ -169,7 +169,8 @@ class UniMM:
         """Many (picture, question) pairs at once; the same answers as one by one.
 
         A model that has learned to ("look_first" in its `sampling`; `scenes_said`) first says of
-        each picture what is where, and then answers from these words alone.
+        each picture what is where, and then answers from these words alone. A description that is
+        not true of them is said again, "tries" times in all.
         """
         opened = {id(image): open_image(image) for image, _ in pairs}  # one picture, many questions
         asked = [(id(i), self._plain(checked_text(q, "question"), plain)) for i, q in pairs]
@@ -178,7 +179,18 @@ class UniMM:
             [user(f"{looks[k]}. {words}") if looks and words != LOOK else user(opened[k], words)]
             for k, words in asked
         ]
-        return self._texts(talks, Settings(), [0] * len(talks))
+        answers = self._texts(talks, Settings(), [0] * len(talks))
+        untrue = [k for k, (i, _) in enumerate(asked) if looks and untold(answers[k], looks[i])]
+        settings = Settings(text_temperature=self.sampling.get("try_temperature", 0.0))
+        for again in range(1, self.sampling.get("tries", 1)):
+            if not untrue:
+                break
+            told = self._texts([talks[k] for k in untrue], settings, [again] * len(untrue))
+            for k, words in zip(untrue, told, strict=True):
+                if untold(words, looks[asked[k][0]]) is False:
+                    answers[k] = words
+            untrue = [k for k in untrue if untold(answers[k], looks[asked[k][0]])]
+        return answers
 
     def edit(
         self,

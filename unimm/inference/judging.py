@@ -51,6 +51,15 @@ def as_asked(prompt: str, seen: str) -> bool:
     return spec is None or (scene is not None and satisfies(scene, spec))
 
 
+def untold(caption: str, seen: str) -> bool | None:
+    """Whether a picture read out in words is not what a caption says; None where that is no whole
+    description, with the background, or nothing was read out."""
+    spec, scene = parse(caption), read_out(seen)
+    if spec is None or spec.background is None or scene is None:
+        return None
+    return not satisfies(scene, spec)
+
+
 def as_changed(before: str, instruction: str, after: str) -> bool:
     """Whether a picture read out before and after an instruction ("remove the small red star
     (2,2)") has that change and no other; True where that cannot be told."""
