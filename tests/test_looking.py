@@ -233,3 +233,5 @@ def test_a_description_that_is_not_what_was_seen_is_said_again(model, said, kept
     model._texts = texts
     assert model.caption(RED) == kept
     assert noise == [(0.0, 0), (1.0, 1), (1.0, 2)][: len(said)] and not list(coming)
+    coming, noise = iter(said[:1]), []
+    assert model.ask_all([(RED, "describe the picture")], tries=1) == said[:1] and len(noise) == 1

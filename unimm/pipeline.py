@@ -165,12 +165,12 @@ class UniMM:
         """The answer to a question about the picture."""
         return self.ask_all([(image, question)])[0]
 
-    def ask_all(self, pairs: Sequence[tuple[Any, str]]) -> list[str]:
+    def ask_all(self, pairs: Sequence[tuple[Any, str]], tries: int | None = None) -> list[str]:
         """Many (picture, question) pairs at once; the same answers as one by one.
 
         A model that has learned to ("look_first" in its `sampling`; `scenes_said`) first says of
         each picture what is where, and then answers from these words alone. A description that is
-        not true of them is said again, "tries" times in all.
+        not true of them is said again, `tries` times in all (None: "tries" in its `sampling`).
         """
         opened = {id(image): open_image(image) for image, _ in pairs}  # one picture, many questions
         asked = [(id(i), self._plain(checked_text(q, "question"), plain)) for i, q in pairs]
@@ -182,7 +182,7 @@ class UniMM:
         answers = self._texts(talks, Settings(), [0] * len(talks))
         untrue = [k for k, (i, _) in enumerate(asked) if looks and untold(answers[k], looks[i])]
         settings = Settings(text_temperature=self.sampling.get("try_temperature", 0.0))
-        for again in range(1, self.sampling.get("tries", 1)):
+        for again in range(1, self.sampling.get("tries", 1) if tries is None else tries):
             if not untrue:
                 break
             told = self._texts([talks[k] for k in untrue], settings, [again] * len(untrue))

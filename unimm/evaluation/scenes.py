@@ -112,7 +112,7 @@ def evaluate(
     `before`: the "items" of another model's result; what changed is then in "paired".
     `best_of`: of so many pictures of a prompt, the first of them those of best_of=1, the one counts
     that the model itself chooses (`generate(…, best_of=…)`); edits are drawn once.
-    `tries`: at a picture or an edit that the model, looking at it, finds wrong (None: its own way).
+    `tries`: at what the model, looking at the picture, finds wrong (None: its own number).
     Returns {"held_out": {"generation": …, "understanding": …, "edits": …}, "seen": {…},
     "protocol": {…}, "items": [what was right, one entry a seed]}.
     """
@@ -242,7 +242,7 @@ def score_understanding(model: UniMM, protocol: Protocol, split: str, seed: int)
         for question in _chosen(scene, protocol.world, rng):
             asked.append((picture, question.text))
             marks.append((question.type, k, question))
-    answers = model.ask_all(asked)
+    answers = model.ask_all(asked, protocol.tries)
     pairs: dict[Any, list[bool]] = defaultdict(list)
     for (kind, k, truth), answer in zip(marks, answers, strict=True):
         if kind == "caption":

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from unimm.data.places import PLACES, place
+from unimm.data.places import GROUND, PLACES, place
 
 from .language import enumerate_words, phrase, pick, raster
 from .meaning import Spec, assigned
@@ -114,8 +114,7 @@ def laid_out(scene: Scene, spec: Spec | None = None) -> str:
 
 def read_out(words: str) -> Scene | None:
     """The scene of a layout (`laid_out`), each thing in the middle of its place; None of others."""
-    ground = re.search(r" on an? ([a-z]+) background$", words)
-    things = re.findall(rf"an? {_PLACED}", words)
+    ground, things = GROUND.search(words), re.findall(rf"an? {_PLACED}", words)
     return Scene(tuple(map(_thing, things)), ground[1]) if ground and things else None
 
 
@@ -175,7 +174,7 @@ def edit_holds(before: Scene, found: Scene, after: Scene) -> bool:
     added = [o for o in after.objects if (o.x, o.y) not in places]
     left = list(found.objects)
     for o in kept + added:
-        matches = [f for f in left if (f.shape, f.color, f.size) == (o.shape, o.color, o.size)]
+        matches = [f for f in left if _kind(f) == _kind(o)]
         if not matches:
             return False
         best = min(matches, key=lambda f: math.hypot(f.x - o.x, f.y - o.y))
