@@ -1,5 +1,6 @@
 """What makes the engine fast must not change what it gives: kernel, sharing, batching, windows."""
 
+import copy
 import itertools
 import logging
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from unimm import UniMM
 from unimm.checkpoints.native import load_model, save_model
 from unimm.data.processor import Sample, assistant, user
 from unimm.evaluation.bench_clock import start_peak
-from unimm.inference import fused, kernel, stepper
+from unimm.inference import kernel, packed, stepper
 from unimm.inference.engine import Engine, Request
 from unimm.inference.prefill import Prompts, common, grouped, slot_keys
 from unimm.inference.sampling import Settings, choose
@@ -19,6 +21,7 @@ from unimm.model.int8 import quantize_decoder
 
 PROMPTS = ["a red circle", "a blue star above a green ring", "x", "a red circle", "a red cross"]
 NEEDS_KERNEL = pytest.mark.skipif(kernel.load_library() is None, reason="no C++ compiler")
+NEEDS_PACKED = pytest.mark.skipif(not packed.suits(torch.empty(1)), reason="nothing to pack for")
 SHAPES = [
     {},
     {"qk_norm": True, "attention_bias": True, "mlp_bias": True},
@@ -39,7 +42,7 @@ def by_torch(model, processor):
     """An engine that has no kernel, and computes what the modules say."""
     engine = Engine(model, processor)
     engine._stepper._signature = kernel.signature(model)
-    assert engine._stepper.kernel is None and engine._stepper.fused is None
+    assert engine._stepper.kernel is None
     return engine
 
 
@@ -96,82 +99,77 @@ def test_hidden_states_of_the_kernel(dtype, small):
         assert (k - other).norm() / k.norm() < (1e-5 if dtype == torch.float32 else 0.03)
 
 
-@pytest.mark.parametrize(
-    "dtype, emulated",
-    [
-        (torch.float32, False),
-        (torch.bfloat16, False),
-        (torch.bfloat16, True),
-        (torch.float64, True),
-    ],
-)
+@NEEDS_PACKED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hidden_states_of_fused_layers(dtype, emulated, shape, monkeypatch):
-    """Rows of different lengths and a window, against the modules; the weights are there once.
-
-    With and without the CPU's own bfloat16 products."""
-    monkeypatch.setattr(fused, "emulated_bfloat16", lambda: emulated)
+def test_hidden_states_of_packed_layers(dtype, shape, monkeypatch):
+    """Rows of different lengths, one slot and a window, against the modules as they were."""
+    if not packed.suits(torch.empty(1, dtype=dtype)):
+        pytest.skip("not on this processor")
+    monkeypatch.setattr(packed, "PIECE", 2000)  # numbers: the rows of keys come in several pieces
     model, _ = tiny_model(**shape)
     lively(model).to(dtype)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    quick = copy.deepcopy(model)
+    packed.pack(quick)
+    assert packed.is_packed(quick.decoder) and not packed.is_packed(model.decoder)
     torch.manual_seed(0)
-    with torch.inference_mode():
-        x = torch.randn(3, 4, 32, dtype=dtype)
-        caches = [model.decoder.new_cache(3, 20) for _ in range(2)]
-        for cache in caches:
-            torch.manual_seed(1)
-            model.decoder(torch.randn(3, 7, 32, dtype=dtype), torch.arange(7)[None], cache=cache)
-            cache.advance(torch.tensor([7, 3, 5]))
-        slots = caches[0].slots(4)
-        there = model.decoder(x, slots, cache=caches[0])
-        made = fused.make_fused(model.decoder)
-        here = made.step(x, slots, caches[1])
-        for a, b in ((here, there), (caches[1].k[1][:, :, :7], caches[0].k[1][:, :, :7])):
+    for lengths, new in (([7, 3, 5], 4), ([7, 3, 5], 1), ([7, 7, 7], 1)):
+        with torch.inference_mode():
+            x = torch.randn(3, new, 32, dtype=dtype)
+            begin = torch.randn(3, 7, 32, dtype=dtype)
+            caches = [model.decoder.new_cache(3, 20) for _ in range(2)]
+            for cache in caches:
+                model.decoder(begin, torch.arange(7)[None], cache=cache)
+                cache.advance(torch.tensor(lengths))
+            slots = caches[0].slots(new)
+            there = model.decoder(x, slots, cache=caches[0])
+            here = packed.step(quick.decoder, x, slots, caches[1])
+            modules = quick.decoder(begin, torch.arange(7)[None])
+            expected = model.decoder(begin, torch.arange(7)[None])
+        parts = [(here, there), (modules, expected)]
+        for a, b in [*parts, (caches[1].k[1][:, :, :7], caches[0].k[1][:, :, :7])]:
             off = (a.double() - b.double()).norm() / b.double().norm()
-            assert off < {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float64: 1e-12}[dtype]
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    for layer in made.layers:
-        attention, mlp = layer.block.self_attn, layer.block.mlp
-        for whole, part in ((layer.qkv, attention.v_proj), (layer.gate_up, mlp.up_proj)):
-            same = whole.untyped_storage().data_ptr() == part.weight.untyped_storage().data_ptr()
-            assert same and part.weight.requires_grad
+            assert off < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_an_engine_without_kernel_fuses_and_the_model_goes_on_training(
-    qk_norm, monkeypatch, tmp_path
-):
+@NEEDS_PACKED
+@pytest.mark.parametrize("pathway, tied", [("decoupled", False), ("shared", True)])
+def test_without_a_kernel_a_loaded_model_is_packed(pathway, tied, monkeypatch, tmp_path):
+    """The same tokens; each weight once; saved as any other; what cannot be is refused."""
     monkeypatch.setattr(stepper, "make_kernel", lambda model: None)
-    model, processor = tiny_model(qk_norm=qk_norm)
-    settings = Settings(2.0)
-    expected = drawn(by_torch(model, processor), settings)
-    engine = Engine(model, processor)
-    assert drawn(engine, settings) == expected and engine._stepper.fused is not None
-    kept = engine._stepper.fused
-    drawn(engine, settings)
-    assert engine._stepper.fused is kept  # nothing has changed
-    model.train()
-    loss = model.decoder(torch.randn(1, 5, 32), torch.arange(5)[None]).square().sum()
-    loss.backward()
-    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
-    after = drawn(engine, settings)
-    assert after != expected and after == drawn(by_torch(model, processor), settings)
-    second = Engine(model, processor)  # which finds the matrices as the first has put them
-    places = [p.data_ptr() for p in model.parameters()]
-    assert drawn(second, settings) == drawn(engine, settings) == after
-    assert places == [p.data_ptr() for p in model.parameters()]
-    for one, two in zip(engine._stepper.fused.layers, second._stepper.fused.layers, strict=True):
-        assert one.qkv.data_ptr() == two.qkv.data_ptr() and one.qkv.shape == two.qkv.shape
-        assert torch.equal(two.gate_up.t(), torch.cat([one.block.mlp.gate_proj.weight,
-                                                   one.block.mlp.up_proj.weight]))  # fmt: skip
-    with torch.inference_mode():
-        born = tiny_model(qk_norm=qk_norm)
-    assert drawn(Engine(*born), settings) == expected  # as its weights are not to be moved
+    model, processor = tiny_model(pathway, qk_norm=True, tied_embeddings=tied)
+    save_model(tmp_path / "a", model, processor)
+    loaded = UniMM.from_pretrained(tmp_path / "a", device="cpu")
+    kept = [m for m in loaded.model.modules() if type(m) is torch.nn.Linear]
+    assert kept == ([loaded.model.text_head] if tied else [])
+    assert not any(p.ndim == 2 for p in loaded.model.decoder.layers.parameters())
+    for settings in (Settings(2.0), Settings(1.0, temperature=0.0)):
+        assert drawn(loaded.engine, settings) == drawn(by_torch(model, processor), settings)
+    loaded.save_pretrained(tmp_path / "b")
+    for name, tensor in load_model(tmp_path / "b")[0].state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    x = torch.randn(1, 5, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="load_model"):
+        loaded.model.decoder(x, torch.arange(5)[None])
+    with pytest.raises(RuntimeError, match="as it is wanted"):
+        loaded.model.to(torch.float64)
+    assert loaded.model.to("cpu") is loaded.model
+
+
+def test_a_loaded_model_learns_where_there_is_a_kernel_or_none_to_pack(monkeypatch, tmp_path):
+    model, processor = tiny_model()
     save_model(tmp_path, model, processor)
-    again = load_model(tmp_path)
-    assert drawn(by_torch(*again[:2]), settings) == after
-    quantize_decoder(model)
-    assert drawn(engine, settings) and engine._stepper.fused is None
+    with monkeypatch.context() as patch:
+        patch.setattr(stepper, "make_kernel", lambda model: "a kernel")
+        loaded = UniMM.from_pretrained(tmp_path, device="cpu")
+    assert not packed.is_packed(loaded.model.decoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(stepper, "make_kernel", lambda model: None)
+        patch.setattr(packed.platform, "machine", lambda: "arm64")
+        loaded = UniMM.from_pretrained(tmp_path, device="cpu")
+    assert not packed.is_packed(loaded.model.decoder)
+    loaded.model.decoder(torch.randn(1, 5, 32), torch.arange(5)[None]).square().sum().backward()
+    assert loaded.model.decoder.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
 @NEEDS_KERNEL

@@ -31,6 +31,7 @@ from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement, as_asked, as_changed, untold
 from unimm.inference.kernel import signature
 from unimm.inference.sampling import Settings
+from unimm.inference.stepper import prepare
 from unimm.model.unified import CODE, UnifiedModel
 
 BATCH = 16  # pictures drawn side by side
@@ -69,10 +70,14 @@ class UniMM:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "mps". dtype: "float32",
         "bfloat16", "float16", "auto" for that of the files, or "int8" for the decoder's linear
         layers (unimm.model.int8), the rest as in the files; the image tokenizer stays in float32.
+
+        Where a CPU has no compiler for the kernel, linear layers are packed for oneDNN and cannot
+        learn (unimm.inference.packed); what `load_model` gives can.
         """
         target = pick_device(device)
         place = BUNDLED if source is None else source
         model = cls(*load_model(place, dtype, target))
+        prepare(model.model)
         model.folder = Path(place)
         return model
 

@@ -25,6 +25,7 @@ from unimm.evaluation.bench_pair import ATTENTION, PROMPT, SIZES, Pair, loaded_p
 from unimm.evaluation.bench_train import train
 from unimm.inference.engine import Request
 from unimm.inference.sampling import Settings
+from unimm.inference.stepper import prepare
 from unimm.model.unified import PATCH, TEXT, SeenImage, UnifiedModel
 
 GUIDANCE = 5.0
@@ -57,17 +58,25 @@ def bench(
     rows = []
     for name in [model] if model else sizes:
         load = partial(loaded_pair, name) if model else partial(random_pair, SIZES[name])
-        made = lru_cache(1)(load)
+        made = lru_cache(1)(partial(make_pair, load))
         for dtype in dtypes:
             kind = getattr(torch, dtype)
             for measure in what:
-                weights = torch.float32 if measure == "train" else kind  # training is by autocast
-                pair = replace(made(weights), dtype=kind)
+                learns = measure == "train"  # by autocast
+                pair = replace(made(torch.float32 if learns else kind, learns), dtype=kind)
                 for batch in batches if measure == "draw" else batches[:1]:
                     case = {"what": measure, "size": Path(name).name, "dtype": dtype}
                     found = MEASURES[measure](pair, batch, rounds, steps)
                     rows += [{**case, "batch": batch, **row} for row in found]
     return {"machine": machine(), "rows": rows}
+
+
+def make_pair(load: Callable[[torch.dtype], Pair], dtype: torch.dtype, learns: bool) -> Pair:
+    """Both models; ours, where it is not to learn, as `from_pretrained` gives it."""
+    pair = load(dtype)
+    if not learns:
+        prepare(pair.engine.model)
+    return pair
 
 
 def draw(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 A step is M slots, each with its row of the cache and its place there; rows may have any lengths,
 and a row may have a window of several slots. Few slots go through the kernel in one call; with
-many, torch does the products and the kernel the attention; without a kernel torch does it all, on
-a CPU by fewer and larger operations than the modules' own (fused.py).
+many, torch does the products and the kernel the attention; without a kernel torch does it all, and
+faster where the weights are packed for it (`prepare`).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unimm.inference.fused import Fused, make_fused
+from unimm.inference import packed
 from unimm.inference.kernel import Kernel, free_threads, make_kernel, signature
 from unimm.inference.sampling import Ahead, choose, guide
 from unimm.model.decoder import KVCache, RMSNorm
@@ -29,7 +29,6 @@ class Stepper:
     def __init__(self, model: UnifiedModel):
         self.model = model
         self.kernel: Kernel | None = None
-        self.fused: Fused | None = None  # where there is no kernel
         self._table: Tensor | None = None
         self._signature: tuple | None = None
         self._noise = Ahead()
@@ -54,8 +53,7 @@ class Stepper:
         if changed:
             self._table = None
             self.kernel = make_kernel(self.model)
-            self.fused = None if self.kernel is not None else make_fused(self.model.decoder)
-            self._signature = signature(self.model)  # fusing moves the weights
+            self._signature = found
         if self.kernel is not None:
             self.kernel.threads = free_threads()
         return changed
@@ -90,8 +88,8 @@ class Stepper:
         """
         slots = cache.slots(window)  # (R, window)
         rows, autocast = x.view(len(slots), window, -1), torch.is_autocast_enabled(x.device.type)
-        if self.fused is not None and not autocast:
-            return self.fused.step(rows, slots, cache).flatten(0, 1)
+        if self.kernel is None and packed.is_packed(self.model.decoder):
+            return packed.step(self.model.decoder, rows, slots, cache).flatten(0, 1)
         if self.kernel is None or autocast:
             return self.model.decoder(rows, slots, cache=cache).flatten(0, 1)
         if cache.longest + window > cache.capacity:
@@ -148,6 +146,12 @@ class Stepper:
             seen = norm(block.post_attention_layernorm, x)
             x = x + mlp(seen)
         return norm(self.model.decoder.norm, x)
+
+
+def prepare(model: UnifiedModel) -> None:
+    """Pack the weights of a model that is not to learn, where there is no kernel for it."""
+    if model.decoder.norm.weight.device.type == "cpu" and make_kernel(model) is None:
+        packed.pack(model)
 
 
 def norm(module: RMSNorm, x: Tensor) -> Tensor:
