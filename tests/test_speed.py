@@ -316,22 +316,30 @@ def test_a_prompt_that_does_not_fit_is_refused_when_it_is_added():
         Engine(model, processor).add(Request(sample, "image"), Settings())
 
 
-def test_samples_of_one_prompt_and_questions_on_one_picture_share_a_prefill(tiny, picture):
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_samples_of_one_prompt_and_questions_on_one_picture_share_a_prefill(
+    tiny, picture, dtype, near
+):
     model, processor = tiny
+    model.to(dtype)
     other = np.flip(picture).copy()
     talks = [(picture, "what color is it?"), (other, "what?"), (picture, "how many stars?"),
              (picture, "what color is it?"), (other, "how many?")]  # fmt: skip
     samples = [processor.encode([user(p, w)], "text") for p, w in talks]
-    together = Prompts(model, processor)
+    ready = stepper.Stepper(model)
+    ready.refresh()
+    together = Prompts(ready, processor)
     with torch.inference_mode():
         cache, hidden = together.fill(samples, 120)
         for k, sample in enumerate(samples):
-            single, last = Prompts(model, processor).fill([sample], 120)
+            single, last = Prompts(ready, processor).fill([sample], 120)
             n = len(sample)
             assert int(cache.length[k]) == n
-            assert torch.allclose(hidden[k], last[0], atol=1e-4)
+            pairs = [(hidden[k], last[0])]
             for a, b in zip(cache.k + cache.v, single.k + single.v, strict=True):
-                assert torch.allclose(a[k, :, :n], b[0, :, :n], atol=1e-4)
+                pairs.append((a[k, :, :n], b[0, :, :n]))
+            for a, b in pairs:
+                assert (a - b).norm() < near * b.norm()
     shared = common(slot_keys(samples[0]), slot_keys(samples[2]))
     assert shared >= processor.codes_per_image
     unique = {s.ids.tobytes() + slot_keys(s).tobytes(): len(s) for s in samples}
@@ -378,9 +386,9 @@ def test_a_sample_may_be_the_beginning_of_another():
     model, processor = tiny_model()
     samples = [sample(40), sample(30), sample(40)]
     with torch.inference_mode():
-        cache, hidden = Prompts(model, processor).fill(samples, 50)
+        cache, hidden = Prompts(stepper.Stepper(model), processor).fill(samples, 50)
         for k, size in enumerate((40, 30, 40)):
-            last = Prompts(model, processor).fill([sample(size)], 50)[1]
+            last = Prompts(stepper.Stepper(model), processor).fill([sample(size)], 50)[1]
             assert torch.allclose(hidden[k], last[0], atol=1e-4)
             assert int(cache.length[k]) == size
 

@@ -83,7 +83,7 @@ class Engine:
         self._never = {"text": ~allowed}
         self._never["any"] = ~allowed.index_fill(0, torch.tensor([t.begin_image]), True)
         self._stepper = Stepper(model)
-        self._prompts = Prompts(model, processor)
+        self._prompts = Prompts(self._stepper, processor)
         self._drawer = Drawer(self._stepper)
         self._pool: _Pool | None = None
         self._count = 0

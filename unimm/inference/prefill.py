@@ -14,8 +14,9 @@ from torch import Tensor
 
 from unimm.data.processor import Processor, Sample
 from unimm.inference.products import OneDNN
+from unimm.inference.stepper import Stepper
 from unimm.model.decoder import KVCache
-from unimm.model.unified import SeenImage, UnifiedModel
+from unimm.model.unified import SeenImage
 
 SHARED = 16  # slots from which a common beginning is worth a pass of its own
 
@@ -23,8 +24,8 @@ SHARED = 16  # slots from which a common beginning is worth a pass of its own
 class Prompts:
     """Prefills samples. `kept`: the keys and the row of a conversation that may go on."""
 
-    def __init__(self, model: UnifiedModel, processor: Processor):
-        self.model, self.processor = model, processor
+    def __init__(self, stepper: Stepper, processor: Processor):
+        self.stepper, self.model, self.processor = stepper, stepper.model, processor
         self.kept: tuple[np.ndarray, KVCache] | None = None
         self.computed = 0  # slots that went through the decoder, padding not counted
 
@@ -96,9 +97,8 @@ class Prompts:
         device = cache.length.device
         batch = self.processor.collate(samples).to(device)
         lengths = torch.tensor([len(s) for s in samples], device=device)
-        positions = cache.slots(batch.ids.shape[1])
         with OneDNN():
-            hidden = self.model.decoder(self.model.embed(batch), positions, cache=cache)
+            hidden = self.stepper.fill(self.model.embed(batch), cache)
         cache.advance(lengths)
         self.computed += int(lengths.sum())
         return hidden[torch.arange(len(samples), device=device), lengths - 1]

@@ -20,7 +20,8 @@ from unimm.inference.sampling import Ahead, choose, guide
 from unimm.model.decoder import KVCache, RMSNorm
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
-FEW = {torch.float32: 64, torch.bfloat16: 24}  # slots up to which the kernel's products win
+AMX = torch.cpu._is_amx_tile_supported()
+FEW = {torch.float32: 64, torch.bfloat16: 24 if AMX else 128}  # slots: the kernel's products win
 
 
 class Stepper:
@@ -99,6 +100,13 @@ class Stepper:
         if self.few(len(x)):
             return self.kernel.step(x, row, slot, cache)
         return self._many(x.to(self.dtype), row, slot, cache, self.kernel)
+
+    def fill(self, x: Tensor, cache: KVCache) -> Tensor:
+        """`forward` for prompts x (R, T, D), which may be long -> (R, T, D)."""
+        rows, new, _ = x.shape
+        if self.kernel is not None and not self.few(rows * new):
+            return self.model.decoder(x, cache.slots(new), cache=cache)
+        return self.forward(x.flatten(0, 1), cache, new).view(x.shape).to(x.dtype)
 
     def logits(self, hidden: Tensor, kind: int) -> Tensor:
         """(M, D) -> float32 logits (M, text ids) or (M, codes)."""

@@ -475,9 +475,11 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        reuse = not torch.is_grad_enabled()
+        y = self.conv1(F.silu(self.norm1(x), inplace=reuse))
+        y = self.conv2(F.silu(self.norm2(y), inplace=reuse))
+        x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return y.add_(x) if reuse else y + x
 
 
 class Attention(nn.Module):
