@@ -385,6 +385,27 @@ void linear(const Weight* a, int64_t rows, const float* x, float* y, float* scra
   product(*a, x, half, y, rows, a->rows);
 }
 
+// Two linear layers with GELU between them: y (rows, b.rows), x (rows, a.cols).
+void head(const Weight* a, const Weight* b, int64_t rows, const float* x, float* y, float* scratch,
+          int threads) {
+  const int64_t inner = a->rows;
+  float* between = scratch;
+  bf16* half = (bf16*)(between + rows * inner);
+  halve(x, half, rows * a->cols);
+#pragma omp parallel num_threads(threads)
+  {
+    product(*a, x, half, between, rows, inner);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+      float* z = between + m * inner;
+      for (int64_t j = 0; j < inner; j++) z[j] *= 0.5f + 0.5f * std::erf(z[j] * 0.70710678f);
+      halve(z, half + m * inner, inner);
+    }
+    product(*b, between, half, y, rows, b->rows);
+  }
+}
+
 // Guided, tempered logits plus Gumbel noise -> the likeliest id; `sampling.choose` of codes,
 // without filters.
 // other: the unguided logits, or null. temperature 0: greedy.

@@ -118,14 +118,19 @@ class Kernel:
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x (M, in) -> (M, out), float32, by a linear layer of the model."""
-        key = id(layer)
-        if key not in self._weights:
-            self._weights[key] = self._weight(layer)
-        weight = self._weights[key]
-        x = x.float().contiguous()
+        weight, x = self._known(layer), x.float().contiguous()
         out = torch.empty(len(x), weight.rows)
         where = (x.data_ptr(), out.data_ptr(), self._room(x.numel()))
         self.library.linear(ctypes.byref(weight), len(x), *where, self.threads)
+        return out
+
+    def head(self, first: nn.Module, last: nn.Module, x: Tensor) -> Tensor:
+        """x (M, in) -> (M, out), float32, by two linear layers of the model and GELU between."""
+        a, b, x = self._known(first), self._known(last), x.float().contiguous()
+        out = torch.empty(len(x), b.rows)
+        room = self._room(len(x) * (a.rows + max(a.cols, b.cols)))
+        ends = (x.data_ptr(), out.data_ptr(), room, self.threads)
+        self.library.head(ctypes.byref(a), ctypes.byref(b), len(x), *ends)
         return out
 
     def choose(
@@ -140,6 +145,11 @@ class Kernel:
             self._room(len(logits)), ctypes.byref(found),
         )  # fmt: skip
         return found.value
+
+    def _known(self, layer: nn.Module) -> Weight:
+        if id(layer) not in self._weights:
+            self._weights[id(layer)] = self._weight(layer)
+        return self._weights[id(layer)]
 
     def _weight(self, layer: Any) -> Weight:
         rows, cols = layer.weight.shape
@@ -218,6 +228,7 @@ def load_library() -> ctypes.CDLL | None:
     library.step.argtypes = [c_void_p, c_void_p, c_int64, *pointers[:4], c_int]
     library.attend.argtypes = [c_void_p, c_void_p, c_int64, c_int64, *pointers[:7], c_int]
     library.linear.argtypes = [c_void_p, c_int64, *pointers[:3], c_int]
+    library.head.argtypes = [c_void_p, c_void_p, c_int64, *pointers[:3], c_int]
     library.choose.argtypes = [
         c_void_p, c_void_p, c_float, c_int64, c_float, c_int64, c_int64, c_void_p, c_void_p,
     ]  # fmt: skip

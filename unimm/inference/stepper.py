@@ -7,7 +7,7 @@ faster where the weights are packed for it (`prepare`).
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Stepper:
             return self.model.decoder(rows, slots, cache=cache).flatten(0, 1)
         if cache.longest + window > cache.capacity:
             raise ValueError(f"the cache has room for {cache.capacity} slots a row")
-        row = torch.arange(len(slots)).repeat_interleave(window)  # (M,)
+        row = rows_of(len(slots), window)
         slot = slots.reshape(-1).contiguous()
         if self.few(len(x)):
             return self.kernel.step(x, row, slot, cache)
@@ -114,8 +114,7 @@ class Stepper:
         if self.kernel is None or not self.few(len(hidden)):
             return model.logits(hidden.to(self.dtype), kind).float()
         if kind == CODE and not shared:
-            head = model.image_head
-            return self.kernel.linear(head.out, F.gelu(self.kernel.linear(head.proj, hidden)))
+            return self.kernel.head(model.image_head.proj, model.image_head.out, hidden)
         scores, words = self.kernel.linear(model.text_head, hidden), model.config.decoder.vocab_size
         if not shared:
             return scores
@@ -154,6 +153,12 @@ class Stepper:
             seen = norm(block.post_attention_layernorm, x)
             x = x + mlp(seen)
         return norm(self.model.decoder.norm, x)
+
+
+@lru_cache(64)
+def rows_of(rows: int, window: int) -> Tensor:
+    """The row of the cache of each slot of a step, (M,)."""
+    return torch.arange(rows).repeat_interleave(window)
 
 
 def prepare(model: UnifiedModel) -> None:
