@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -106,14 +107,14 @@ def test_hidden_states_of_packed_layers(dtype, shape, monkeypatch):
     """Rows of different lengths, one slot and a window, against the modules as they were."""
     if not packed.suits(torch.empty(1, dtype=dtype)):
         pytest.skip("not on this processor")
-    monkeypatch.setattr(packed, "PIECE", 2000)  # numbers: the rows of keys come in several pieces
+    monkeypatch.setattr(packed, "PIECE", 200)  # numbers: the rows of keys come in several pieces
     model, _ = tiny_model(**shape)
     lively(model).to(dtype)
     quick = copy.deepcopy(model)
     packed.pack(quick)
     assert packed.is_packed(quick.decoder) and not packed.is_packed(model.decoder)
     torch.manual_seed(0)
-    for lengths, new in (([7, 3, 5], 4), ([7, 3, 5], 1), ([7, 7, 7], 1)):
+    for lengths, new in (([0, 0, 0], 4), ([7, 3, 5], 4), ([7, 3, 5], 1), ([7, 7, 7], 1)):
         with torch.inference_mode():
             x = torch.randn(3, new, 32, dtype=dtype)
             begin = torch.randn(3, 7, 32, dtype=dtype)
@@ -148,12 +149,40 @@ def test_without_a_kernel_a_loaded_model_is_packed(pathway, tied, monkeypatch, t
     loaded.save_pretrained(tmp_path / "b")
     for name, tensor in load_model(tmp_path / "b")[0].state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-    x = torch.randn(1, 5, 32, requires_grad=True)
-    with pytest.raises(RuntimeError, match="load_model"):
-        loaded.model.decoder(x, torch.arange(5)[None])
-    with pytest.raises(RuntimeError, match="as it is wanted"):
-        loaded.model.to(torch.float64)
-    assert loaded.model.to("cpu") is loaded.model
+    codes = drawn(loaded.engine, Settings(2.0))
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    for learn in (lambda: loaded.model.decoder(*states(True)), loaded.model.train):
+        with pytest.raises(RuntimeError, match="load_model"):
+            learn()
+    loaded.model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        loaded.model.decoder(*states(False))
+    for kin in (copy.deepcopy(loaded.model), loaded.model.to("cpu")):
+        assert packed.is_packed(kin.decoder)
+        assert drawn(Engine(kin, processor), Settings(2.0)) == codes
+    loaded.model.to(torch.float64).float()  # plain again
+    assert not packed.is_packed(loaded.model.decoder)
+    assert drawn(Engine(loaded.model, processor), Settings(2.0)) == codes
+
+
+def states(learn):
+    return torch.randn(1, 5, 32, requires_grad=learn), torch.arange(5)[None]
+
+
+@NEEDS_PACKED
+def test_packing_frees_each_weight_before_the_next():
+    model, _ = tiny_model()
+    weights = [weakref.ref(p) for p in model.decoder.layers.parameters() if p.ndim == 2]
+    alive = []
+
+    def reordered(weight, made=packed.reordered):
+        alive.append(sum(ref() is not None for ref in weights))
+        return made(weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "reordered", reordered)
+        packed.pack(model.decoder.layers)
+    assert alive == list(range(len(weights), 0, -1))
 
 
 def test_a_loaded_model_learns_where_there_is_a_kernel_or_none_to_pack(monkeypatch, tmp_path):
@@ -187,6 +216,22 @@ def test_products_of_the_kernel_of_any_size(dtype):
             )
         made._weights.clear()  # kept by the id of the layer
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_head_of_the_kernel(dtype, near):
+    made = kernel.make_kernel(tiny_model()[0])
+    for rows, count in itertools.product((1, 7, 64), (1, 2, 5, 128)):
+        first, last = torch.nn.Linear(96, 160).to(dtype), torch.nn.Linear(160, rows).to(dtype)
+        x = torch.randn(count, 96)
+        with torch.inference_mode():
+            found = made.head(first, last, x)
+            inner = torch.nn.functional.linear(x, first.weight.float(), first.bias.float())
+            inner = torch.nn.functional.gelu(inner)
+            expected = torch.nn.functional.linear(inner, last.weight.float(), last.bias.float())
+        made._weights.clear()
+        assert (found - expected).norm() < near * expected.norm()
 
 
 @NEEDS_KERNEL

@@ -24,6 +24,7 @@ from unimm.evaluation.bench_clock import alternate, bandwidth, flops, machine, r
 from unimm.evaluation.bench_pair import ATTENTION, PROMPT, SIZES, Pair, loaded_pair, random_pair
 from unimm.evaluation.bench_train import train
 from unimm.inference.engine import Request
+from unimm.inference.kernel import load_library
 from unimm.inference.sampling import Settings
 from unimm.inference.stepper import prepare
 from unimm.model.unified import PATCH, TEXT, SeenImage, UnifiedModel
@@ -63,7 +64,8 @@ def bench(
             kind = getattr(torch, dtype)
             for measure in what:
                 learns = measure == "train"  # by autocast
-                pair = replace(made(torch.float32 if learns else kind, learns), dtype=kind)
+                weights = torch.float32 if learns else kind
+                pair = replace(made(weights, learns and not load_library()), dtype=kind)
                 for batch in batches if measure == "draw" else batches[:1]:
                     case = {"what": measure, "size": Path(name).name, "dtype": dtype}
                     found = MEASURES[measure](pair, batch, rounds, steps)
@@ -74,7 +76,7 @@ def bench(
 def make_pair(load: Callable[[torch.dtype], Pair], dtype: torch.dtype, learns: bool) -> Pair:
     """Both models; ours, where it is not to learn, as `from_pretrained` gives it."""
     pair = load(dtype)
-    if not learns:
+    if not learns:  # which packed layers do not
         prepare(pair.engine.model)
     return pair
 
@@ -308,9 +310,10 @@ def question(pair: Pair) -> Sample:
 
 def step_parameters(model: UnifiedModel) -> list[Tensor]:
     """What a step of drawing reads."""
-    kept = [p for n, p in model.decoder.named_parameters() if not n.startswith("embed_tokens")]
+    stored = model.decoder.state_dict()  # packed weights are no parameters
     head = model.image_head if model.config.pathway == "decoupled" else model.text_head
-    return [*kept, *head.parameters()]
+    kept = [tensor for name, tensor in stored.items() if not name.startswith("embed_tokens")]
+    return [*kept, *head.state_dict().values()]
 
 
 def step_bytes(pair: Pair, batch: int, slots: int) -> int:

@@ -17,55 +17,87 @@ from torch import Tensor, nn
 from unimm.model.decoder import Decoder, KVCache, rotate
 
 LEAST = 4  # rows: of fewer, oneDNN takes a slower way
+LEARNS = "packed layers do not learn: use what unimm.checkpoints.load.load_model gives"
 PIECE = 1 << 20  # numbers of keys that are made float32 at once, so that they stay in the cache
 
 # Shapes: R rows of the cache, T new slots of each, M = R T, D dim, H heads, K kv heads, E head dim.
 
 
-class PackedLinear(nn.Module):
-    """x (…, in) -> (…, out) as nn.Linear, on a CPU; neither the layer nor what is before it learns.
+class PackedLinear(nn.Linear):
+    """x (…, in) -> (…, out) as nn.Linear, on a CPU; neither it nor what is before it learns.
 
-    `state_dict` has the weight in the usual order; it cannot be loaded into. Raises RuntimeError
-    where a gradient is asked for, or another device or dtype.
+    `state_dict` has the weight in the usual order, but cannot be loaded into. Moved to another
+    device or dtype, it is a plain linear layer again. Raises RuntimeError where it is to learn.
     """
 
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), LEAST)
-        self.bias = layer.bias
+    packed: Tensor | None
 
-    @property
-    def weight(self) -> Tensor:
-        """A copy of the weight, (out, in)."""
-        return self.packed.to_dense()
+    def __init__(self, layer: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_parameter("weight", None)
+        self.bias = layer.bias
+        self.packed = reordered(layer.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("packed layers do not learn: load the model by `load_model` instead")
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            raise RuntimeError(LEARNS)
+        x, shape = x.to(self.packed.dtype), x.shape[:-1]
+        if (count := shape.numel()) < LEAST:
+            x = F.pad(x.reshape(count, self.in_features), (0, 0, 0, LEAST - count))
+            return self._product(x, self.packed)[:count].view(*shape, self.out_features)
+        return self._product(x, self.packed)
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        if mode and self.packed is not None:
+            raise RuntimeError(LEARNS)
+        return super().train(mode)
+
+    def _product(self, x: Tensor, packed: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight
+        if self.packed is not None:
+            destination[f"{prefix}weight"] = self.packed.to_dense()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        probe = torch.empty(0, dtype=self.packed.dtype)
-        if (changed := fn(probe)).device != probe.device or changed.dtype != probe.dtype:
-            raise RuntimeError("packed layers stay as they are: load the model as it is wanted")
+        if self.packed is not None:
+            probe = torch.empty(0, dtype=self.packed.dtype)
+            if (moved := fn(probe)).device != probe.device or moved.dtype != probe.dtype:
+                self.weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+                self.packed = None
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies: oneDNN's order is this process's own
+        dense = None if self.packed is None else self.packed.to_dense()
+        return {**self.__dict__, "packed": dense}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.packed = None if self.packed is None else reordered(self.packed)
+
+
+def reordered(weight: Tensor) -> Tensor:
+    """A weight (out, in) in oneDNN's order."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, LEAST)
 
 
 def pack(model: nn.Module) -> None:
     """Replace the linear layers of a model, one by one, where oneDNN has a packed form for them.
 
-    A weight that is shared, as of tied embeddings, stays.
+    A weight that is shared, as of tied embeddings, stays. Nothing of the model learns afterwards.
     """
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
+    for parent in [m for m in model.modules() if m._modules]:  # not the layers: they are to go
+        for name in list(parent._modules):
+            layer = parent._modules[name]
             if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and suits(layer.weight):
-                setattr(parent, name, PackedLinear(layer))
+                setattr(parent, name, PackedLinear(layer).eval())
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        model.requires_grad_(False)
 
 
 def suits(weight: Tensor) -> bool:
@@ -80,9 +112,10 @@ def suits(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native)
 
 
-def is_packed(decoder: Decoder) -> bool:
+def is_packed(decoder: nn.Module) -> bool:
     """Whether `step` serves this decoder."""
-    return isinstance(decoder.layers[0].get_submodule("self_attn.q_proj"), PackedLinear)
+    first: Any = decoder.get_submodule("layers.0.self_attn.q_proj")
+    return isinstance(first, PackedLinear) and first.packed is not None
 
 
 def step(decoder: Decoder, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:

@@ -20,8 +20,8 @@ from unimm.inference.sampling import Ahead, choose, guide
 from unimm.model.decoder import KVCache, RMSNorm
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
-AMX = torch.cpu._is_amx_tile_supported()
-FEW = {torch.float32: 64, torch.bfloat16: 24 if AMX else 128}  # slots: the kernel's products win
+DOTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+FEW = {torch.float32: 64, torch.bfloat16: 128 if DOTS else 24}  # slots: the kernel's products win
 
 
 class Stepper:
