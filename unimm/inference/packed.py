@@ -47,16 +47,13 @@ class PackedLinear(nn.Linear):
         x, shape = x.to(self.packed.dtype), x.shape[:-1]
         if (count := shape.numel()) < LEAST:
             x = F.pad(x.reshape(count, self.in_features), (0, 0, 0, LEAST - count))
-            return self._product(x, self.packed)[:count].view(*shape, self.out_features)
-        return self._product(x, self.packed)
+            return product(self, x)[:count].view(*shape, self.out_features)
+        return product(self, x)
 
     def train(self, mode: bool = True) -> "PackedLinear":
         if mode and self.packed is not None:
             raise RuntimeError(LEARNS)
         return super().train(mode)
-
-    def _product(self, x: Tensor, packed: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -78,6 +75,11 @@ class PackedLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.packed = None if self.packed is None else reordered(self.packed)
+
+
+def product(layer: PackedLinear, x: Tensor) -> Tensor:
+    """`layer(x)` of at least LEAST rows and no gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
 
 
 def reordered(weight: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def step(decoder: Decoder, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
     for index, block in enumerate(decoder.layers):
         attention, mlp = block.self_attn, block.mlp
         seen = norm(x, block.input_layernorm.weight, c.norm_eps)
-        parts = (attention.q_proj(seen), attention.k_proj(seen), attention.v_proj(seen))
+        parts = [product(p, seen) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         q, k, v = (part[:count].view(rows, new, -1, c.head_dim) for part in parts)
         turned = torch.cat((q, k), 2)
         if attention.q_norm is not None:
@@ -141,9 +143,10 @@ def step(decoder: Decoder, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
         q, k = rotate(turned, cos, sin).transpose(1, 2).split((c.heads, c.kv_heads), dim=1)
         k, v = cache.update(index, k, v.transpose(1, 2))
         heads = in_pieces(attend, q, k, v, wide).transpose(1, 2).reshape(count, -1)
-        x = x + attention.o_proj(F.pad(heads.to(x.dtype), more))
+        x = x + product(attention.o_proj, F.pad(heads.to(x.dtype), more))
         seen = norm(x, block.post_attention_layernorm.weight, c.norm_eps)
-        x = x + mlp.down_proj(F.silu(mlp.gate_proj(seen), inplace=True).mul_(mlp.up_proj(seen)))
+        gate, up = product(mlp.gate_proj, seen), product(mlp.up_proj, seen)
+        x = x + product(mlp.down_proj, F.silu(gate, inplace=True).mul_(up))
     return norm(x[:count], decoder.norm.weight, c.norm_eps).view(rows, new, dim)
 
 
