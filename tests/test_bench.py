@@ -9,6 +9,7 @@ from PIL import Image
 from unimm import cli
 from unimm.evaluation import bench
 from unimm.evaluation.bench_pair import Size
+from unimm.inference import stepper
 
 SMALL = Size(64, 2, 2, 96, 128, 64, 64, 32, (32, 1, 2))
 
@@ -37,6 +38,17 @@ def test_every_row_has_its_figures(small, tmp_path, capsys):
     assert rows[0]["agreement"] == 1.0 and rows[0]["share"] > 0
     assert Image.open(chart).size[0] > 500
     assert capsys.readouterr().out.count("tiny") == 3
+
+
+def test_without_a_kernel_packed_weights_count_and_what_trains_is_not_packed(small, monkeypatch):
+    pair = bench.random_pair(SMALL, torch.float32)
+    counted = bench.step_bytes(pair, 1, 40)
+    monkeypatch.setattr(stepper, "make_kernel", lambda model: None)
+    stepper.prepare(pair.engine.model)
+    assert bench.step_bytes(pair, 1, 40) == counted
+    found = bench.bench(["tiny"], ["float32"], [1], ["draw", "train"], rounds=1, steps=3)
+    drawn, *trained = found["rows"]
+    assert drawn["agreement"] == 1.0 and trained
 
 
 def test_both_sides_answer_alike_and_draw_alike(small):

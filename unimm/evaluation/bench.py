@@ -24,7 +24,6 @@ from unimm.evaluation.bench_clock import alternate, bandwidth, flops, machine, r
 from unimm.evaluation.bench_pair import ATTENTION, PROMPT, SIZES, Pair, loaded_pair, random_pair
 from unimm.evaluation.bench_train import train
 from unimm.inference.engine import Request
-from unimm.inference.kernel import load_library
 from unimm.inference.sampling import Settings
 from unimm.inference.stepper import prepare
 from unimm.model.unified import PATCH, TEXT, SeenImage, UnifiedModel
@@ -65,7 +64,7 @@ def bench(
             for measure in what:
                 learns = measure == "train"  # by autocast
                 weights = torch.float32 if learns else kind
-                pair = replace(made(weights, learns and not load_library()), dtype=kind)
+                pair = replace(made(weights, learns), dtype=kind)
                 for batch in batches if measure == "draw" else batches[:1]:
                     case = {"what": measure, "size": Path(name).name, "dtype": dtype}
                     found = MEASURES[measure](pair, batch, rounds, steps)
