@@ -90,8 +90,9 @@ def test_an_edit_is_located_after_it(model):
     assert said["content"][0]["text"] == said_by(model, *place)
 
 
-def test_a_chat_of_one_picture_answers_as_ask_does(model):
-    """Whoever drew or showed it, whatever was said before; of several it speaks as it sees them."""
+def test_a_chat_answers_as_ask_does(model):
+    """Whoever drew or showed the picture, whatever was said before; of the last where it does not
+    say which; about two at once it speaks as it sees them."""
     drawn = assistant({"image": BLUE, "codes": list(range(model.processor.codes_per_image))})
     shown, more = (
         [user("i see", RED), assistant("yes"), user("how many?")],
@@ -114,9 +115,11 @@ def test_a_chat_of_one_picture_answers_as_ask_does(model):
         (part,) = model.chat(talk)[-1]["content"]
         return part["text"]
 
-    assert answer(shown) == model.ask(RED, "how many?") != answer([*shown, *more])
+    assert answer(shown) == model.ask(RED, "how many?")
     assert answer([user("draw a star"), *more]) == model.ask(BLUE, "a star?")
-    assert answer([*shown, *more]) == model.processor.text([5]).strip()
+    assert answer([*shown, *more]) == model.ask(BLUE, "a star?") != answer(shown)
+    both = [*shown, *more[:-1], user("are there stars in both?")]
+    assert answer(both) == model.processor.text([5]).strip()
     Speaks.text, Speaks.codes, painted = [], [1], []
     model._painted = lambda *given: painted.append(given) or assistant("a picture")
     assert answer(shown) == "a picture" and painted

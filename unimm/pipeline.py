@@ -1,5 +1,6 @@
 """`UniMM`: what a user holds. One model that draws, captions, answers, edits and chats."""
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,8 +25,16 @@ from unimm.data.processor import (
     to_picture,
     user,
 )
-from unimm.data.scenes import parse
-from unimm.data.wording import plain, plain_prompt, plain_wish
+from unimm.data.scenes import UNKNOWN_ANSWER, not_there, parse, read_out
+from unimm.data.wording import (
+    QUESTION,
+    no_ground,
+    of_which,
+    plain,
+    plain_prompt,
+    plain_wish,
+    unknown_words,
+)
 from unimm.inference.engine import Answer, Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement, as_asked, as_changed, untold
@@ -33,6 +42,8 @@ from unimm.inference.kernel import signature
 from unimm.inference.sampling import Settings
 from unimm.inference.stepper import prepare
 from unimm.model.unified import CODE, UnifiedModel
+
+log = logging.getLogger(__name__)
 
 BATCH = 16  # pictures drawn side by side
 AGAIN = 10_007  # from the seed of one try at a picture to that of the next
@@ -113,6 +124,7 @@ class UniMM:
                 "ask for at least one picture (n >= 1, best_of >= 1) of at least one prompt"
             )
         asked = [self._plain(checked_text(p, "prompt"), plain_prompt) for p in prompts]
+        self._warn(*prompts)
         texts = [words for words in asked for _ in range(n * best_of)]
         settings = self._settings(guidance, temperature, top_k, top_p)
         if decoder == "diffusion":
@@ -147,6 +159,7 @@ class UniMM:
         if every < 1:
             raise ValueError("every must be 1 or more")
         words = self._plain(checked_text(prompt, "prompt"), plain_prompt)
+        self._warn(prompt)
         settings = self._settings(guidance, temperature, top_k, top_p)
         if steps := self._steps([words], [seed])[0]:
             for pieces in self._piecewise([steps], settings, [seed]):
@@ -195,7 +208,16 @@ class UniMM:
                 if untold(words, looks[asked[k][0]]) is False:
                     answers[k] = words
             untrue = [k for k in untrue if untold(answers[k], looks[asked[k][0]])]
-        return answers
+        foreign = [bool(self.unknown(question)) for _, question in pairs]
+        return [UNKNOWN_ANSWER if f else a for f, a in zip(foreign, answers, strict=True)]
+
+    def unknown(self, text: str) -> list[str]:
+        """Words of which a model of Scenes alone has learned nothing: "cat" of "draw a cat".
+
+        Where a question has one, `ask` answers that it knows simple scenes only, as `chat` does
+        to whatever has one. Of other models: [].
+        """
+        return unknown_words(text) if self._simple else []
 
     def edit(
         self,
@@ -210,6 +232,7 @@ class UniMM:
     ) -> Image.Image:
         """The picture with the change made."""
         settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_")
+        self._warn(instruction)
         return self.pictures(self.draw_codes(self.edits([(image, instruction)]), settings, seed))[0]
 
     def edits(self, pairs: Sequence[tuple[Any, str]]) -> list[list[Message]]:
@@ -257,20 +280,54 @@ class UniMM:
         if not any(part.get("text", "image").strip() for part in checked(messages[-1])[1]):
             raise ValueError("the message is empty: say what you want")
         sampling: Sampling = (guidance, temperature, top_k, top_p)
-        talk = self._recent([self._plainly(message) for message in messages])
+        heard = [*answered(messages[:-1]), messages[-1]] if self._simple else messages
+        talk = self._recent([self._plainly(message) for message in heard])
         requests, settings = self._requests([talk], "any", [seed]), self._settings(*sampling)
         if not self.sampling.get("plain"):
             return [*messages, self._message(self.engine.run(requests, settings)[0])]
         parts = [part for message in talk for part in checked(message)[1]]
         pictures = [part["image"] for part in parts if "image" in part]
         words = " ".join(part.get("text", "") for part in checked(talk[-1])[1]).strip()
+        if words and self._simple:
+            if sorry := self._declined(words, pictures):
+                return [*messages, assistant(sorry)]
+            if NEW.match(plain_prompt(words)) or parse(plain_prompt(words)):
+                return [*messages, self._painted(talk, sampling, seed)]
         looks = bool(self.sampling.get("look_first"))
         for (answer,) in self.engine.stream(requests, settings):
             if answer.codes:  # it draws: what was asked for, from its first code
                 return [*messages, self._painted(talk, sampling, seed)]
-            if answer.text and looks and len(pictures) == 1 and words:  # it speaks of one picture
-                return [*messages, assistant(self.ask(pictures[0], words))]
+            if answer.text and looks and pictures and words:  # it speaks of a picture
+                which, question = of_which(words, len(pictures))
+                if which is not None:
+                    return [*messages, assistant(self.ask(pictures[which], question))]
+        said = self.processor.text(answer.text)
+        if self._simple and (unknown_words(said) or said.startswith("i ")):
+            return [*messages, assistant(UNKNOWN_ANSWER)]
         return [*messages, self._message(answer)]
+
+    @property
+    def _simple(self) -> bool:
+        """Whether it has learned plain sentences about Scenes, and nothing else."""
+        return bool(self.sampling.get("plain") and self.sampling.get("world"))
+
+    def _warn(self, *texts: str) -> None:
+        for words in filter(None, map(self.unknown, texts)):
+            log.warning("this model knows simple scenes only, and not: %s", ", ".join(words))
+
+    def _declined(self, words: str, pictures: Sequence[Any]) -> str:
+        """What a model of Scenes alone answers to a message that it can do nothing with."""
+        wish = plain_prompt(words)
+        asks = bool(QUESTION.match(wish)) or wish == "describe the picture"
+        if not wish or self.unknown(words) or (no_ground(wish) and not asks):
+            return UNKNOWN_ANSWER
+        if asks and not pictures:
+            return "there is no picture"
+        if asks or not pictures or NEW.match(wish) or parse(wish):
+            return ""
+        seen = read_out("".join(self._look_at([open_image(pictures[-1])])))
+        missing = not_there(plain_wish(words), seen) if seen else None
+        return f"there is no {missing}" if missing else ""
 
     def _look_at(self, images: Sequence[Any]) -> list[str]:
         """What is where in each picture, as the model sees it; nothing if it has not learned to."""
@@ -538,6 +595,12 @@ def fits(talk: list[Message], seen: str) -> bool:
     if len(talk) > 1 or len(parts) != 2 or "seen" not in parts[1]:
         return True
     return as_changed(parts[1]["seen"], parts[0]["text"], seen)
+
+
+def answered(messages: Sequence[Message]) -> list[Message]:
+    """A conversation without what was declined in it, which a model takes for its way to speak."""
+    refused = {k for k, m in enumerate(messages) if m == assistant(UNKNOWN_ANSWER)}
+    return [m for k, m in enumerate(messages) if k not in refused and k + 1 not in refused]
 
 
 def prompt_of(talk: list[Message]) -> str:

@@ -20,7 +20,7 @@ from .edits import (
 )
 from .hindsight import nearest, plain
 from .language import describe, express, prompt, task_prompt
-from .meaning import Spec, complete, parse, satisfies
+from .meaning import VOCABULARY, Spec, complete, not_there, parse, satisfies
 from .mending import mend, repaint
 from .questions import (
     QUESTION_TYPES,
@@ -68,6 +68,7 @@ __all__ = [
     "TASKS",
     "UNKNOWN",
     "UNKNOWN_ANSWER",
+    "VOCABULARY",
     "WORLDS",
     "Object",
     "Question",
@@ -99,6 +100,7 @@ __all__ = [
     "misdirected",
     "nearest",
     "normalize_answer",
+    "not_there",
     "open_questions",
     "parse",
     "plain",

@@ -58,6 +58,11 @@ _OPENING = set(
     "image photo drawing painting scene this shows contains has".split()
 )
 
+VOCABULARY = {*_SHAPES, *_COLORS, *_GROUNDS, *_SIZES, *_COUNTS, *_JOINING, *_OPENING}
+VOCABULARY |= {
+    word for said in RELATION_PHRASES.values() for words in said for word in words.split()
+}
+
 _ground = "|".join(_GROUNDS)
 _BACKGROUND = re.compile(
     rf"(?:,? ?(?:and )?the background is (?:plain )?({_ground})\b"
@@ -149,6 +154,22 @@ def _mentioned(
         i for i, g in enumerate(groups) if all(s in (None, v) for s, v in zip(said, g, strict=True))
     ]
     return fits[0] if len(fits) == 1 else None
+
+
+def not_there(text: str, scene: Scene) -> str | None:
+    """The first thing that a text speaks of as there ("remove the large star") and that is not in
+    the scene: "large star". None where all are."""
+    size, color, shape = ("|".join(words) for words in (_SIZES, _COLORS, _SHAPES))
+    for said in re.findall(rf"\bthe (?:({size}) )?(?:({color}) )?({shape})\b", text.lower()):
+        wanted = [
+            known.get(word) for known, word in zip((_SIZES, _COLORS, _SHAPES), said, strict=True)
+        ]
+        looks = ((o.size, o.color, o.shape) for o in scene.objects)
+        if not any(
+            all(w in (None, v) for w, v in zip(wanted, look, strict=True)) for look in looks
+        ):
+            return " ".join(word for word in said if word)
+    return None
 
 
 # ---------------------------------------------------------------------------- judging
