@@ -1,6 +1,6 @@
 """The whole way: from nothing to a model that sees and draws Scenes, by one command.
 
-unimm train train/scenes.py size=small out=runs/scenes      # 64 px; 100 minutes on 2 busy cores
+unimm train train/scenes.py size=small out=runs/scenes      # 64 px; 66 minutes on 2 cores
 unimm train train/scenes.py size=quick out=runs/quick       # 32 px, a few minutes: does it work?
 unimm train train/scenes.py size=base out=runs/base         # 128 px, for one GPU: not trained yet
 torchrun --nproc-per-node 2 -m unimm.cli train train/scenes.py ...    # a core a process: faster
@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
         decoder=dict(dim=320, layers=8, heads=5, kv_heads=5, head_dim=64, hidden=896),
         vision=dict(dim=192, layers=6, heads=3, hidden=512, patch_size=8),
         steps=dict(
-            image_tokenizer=4_000, siglip=500, stage0=200, stage1=80, stage2=850, stage3=320
+            image_tokenizer=1_600, siglip=160, stage0=100, stage1=40, stage2=330, stage3=170
         ),
         batch=dict(image_tokenizer=32, siglip=256, stage0=64, stage1=128, stage2=128, stage3=128),
     ),
@@ -84,12 +84,14 @@ def main(size: str = "small", out: str = "runs/scenes", seed: int = 0, steps: fl
         """The recipe's run with this size's numbers, into OUT/name."""
         config: Run = load_recipe(HERE / recipe).config
         options = {**config.options, **changes.pop("options", {})}
+        count = max(2, round(plan["steps"][name] * steps))
         return train(
             dataclasses.replace(
                 config,
                 out=str(root / name),
                 data=_placed(config.data, store, edits, world.name),
-                steps=max(2, round(plan["steps"][name] * steps)),
+                steps=count,
+                warmup=min(config.warmup, count // 8),
                 batch_size=plan["batch"][name],
                 seed=crc32(f"{seed} {name}".encode()),  # each piece sees a stream of its own
                 options=options,
