@@ -175,10 +175,17 @@ def test_a_model_of_scenes_alone_draws_what_it_knows_whatever_it_declined(monkey
     monkeypatch.setattr(model, "_look_at", lambda images: [""] * len(images))
     heard = []
     monkeypatch.setattr(model, "_recent", lambda talk: heard.append(talk) or talk)
-    talk = model.chat([user("draw a cat")])
-    talk = model.chat([*talk, user("draw a red star")])
+    before = [user("a moon"), assistant("yes")]
+    talk = model.chat([*before, user("draw a cat")])[2:]
+    talk = model.chat([*before, *talk, user("draw a red star")])[2:]
     assert talk[1] == assistant(UNKNOWN_ANSWER) and talk[-1]["content"][0]["type"] == "image"
-    assert [m["role"] for m in heard[-1]] == ["user"]  # what was declined it does not read
+    assert heard[-1] == [*before, user("draw a red star")]  # what was declined it does not read
+    talk = model.chat([user({"image": GREY}, "is there a cat?")])
+    talk = model.chat([*talk, user("is there a star?")])
+    assert "image" in heard[-1][0]["content"][0]  # but sees what was shown
+    assert talk[-1] != assistant("there is no picture")
+    with pytest.raises(ValueError, match="empty"):
+        model.edit(GREY, None)
 
 
 def test_a_question_goes_to_the_picture_that_it_names(monkeypatch):

@@ -64,7 +64,7 @@ def build(model: UniMM, ratings: str | Path = "ratings.jsonl") -> Any:
         with mistakes_shown():
             if decoder not in decoders:
                 raise ValueError(f"Decoder is one of {', '.join(decoders)}")
-            if words := model.unknown(prompt):
+            if words := model.unknown(checked_text(prompt, "prompt")):
                 gr.Warning(f"This model knows simple scenes only, and not: {', '.join(words)}")
             count = int(within("Pictures", n, 1, MOST))
             how: dict[str, Any] = dict(

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ class UniMM:
     ) -> Image.Image:
         """The picture with the change made."""
         settings = self._settings(guidance, temperature, top_k, top_p, kind="edit_")
-        self._warn(instruction)
+        self._warn(checked_text(instruction, "instruction"))
         return self.pictures(self.draw_codes(self.edits([(image, instruction)]), settings, seed))[0]
 
     def edits(self, pairs: Sequence[tuple[Any, str]]) -> list[list[Message]]:
@@ -272,7 +273,8 @@ class UniMM:
         A drawn image carries its codes, so that a later turn sees just what was drawn. What is to
         be changed in an image that the user shows is said before it, as `edit` does. A model of
         plain sentences (`data.wording`) answers what asks for a picture as `generate` and `edit`
-        do, whatever else was spoken of. The oldest turns are left out of a conversation that is
+        do, whatever else was spoken of, and one of Scenes alone declines what is not (`unknown`).
+        The oldest turns are left out of a conversation that is
         too long for the model, and would leave no room for a picture.
         """
         if not messages or messages[-1].get("role") != "user":
@@ -598,9 +600,14 @@ def fits(talk: list[Message], seen: str) -> bool:
 
 
 def answered(messages: Sequence[Message]) -> list[Message]:
-    """A conversation without what was declined in it, which a model takes for its way to speak."""
-    refused = {k for k, m in enumerate(messages) if m == assistant(UNKNOWN_ANSWER)}
-    return [m for k, m in enumerate(messages) if k not in refused and k + 1 not in refused]
+    """A conversation without what was declined in it, which a model takes for its way to speak; a
+    picture that was shown with it stays."""
+    dropped = set()
+    for k, (asked, said) in enumerate(pairwise(messages)):
+        shown = any("image" in part for part in checked(asked)[1])
+        if said == assistant(UNKNOWN_ANSWER) and not shown:
+            dropped |= {k, k + 1}
+    return [message for k, message in enumerate(messages) if k not in dropped]
 
 
 def prompt_of(talk: list[Message]) -> str:
