@@ -18,7 +18,9 @@ from unimm.inference import kernel, packed, stepper
 from unimm.inference.engine import Engine, Request
 from unimm.inference.prefill import Prompts, common, grouped, slot_keys
 from unimm.inference.sampling import Settings, choose
+from unimm.model.decoder import rotate
 from unimm.model.int8 import quantize_decoder
+from unimm.model.unified import CODE
 
 PROMPTS = ["a red circle", "a blue star above a green ring", "x", "a red circle", "a red cross"]
 NEEDS_KERNEL = pytest.mark.skipif(kernel.load_library() is None, reason="no C++ compiler")
@@ -232,6 +234,61 @@ def test_the_head_of_the_kernel(dtype, near):
             expected = torch.nn.functional.linear(inner, last.weight.float(), last.bias.float())
         made._weights.clear()
         assert (found - expected).norm() < near * expected.norm()
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("width", [16, 64])
+def test_attention_of_the_kernel(width, dtype, near):
+    """Sharp attention over any number of slots, against its formula."""
+    model, _ = tiny_model(heads=4, kv_heads=2, head_dim=width)
+    made = kernel.make_kernel(model.to(dtype))
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        slot = torch.tensor([0, 1, 14, 15, 16, 17, 31, 32, 40])
+        cache = model.decoder.new_cache(len(slot), 41)
+        for part in (cache.k[1], cache.v[1]):
+            part.normal_()
+        q, k, v = (torch.randn(len(slot), heads, width) for heads in (4, 2, 2))
+        found = made.attend(1, 4 * q, k, v, torch.arange(len(slot)), slot, cache)
+        q = rotate(4 * q[:, :, None], *model.decoder.rope(slot[:, None], torch.float32))
+        for m, last in enumerate(slot.tolist()):
+            keys, values = (part[1][m, :, : last + 1].float() for part in (cache.k, cache.v))
+            torch.testing.assert_close(values[:, -1], v[m].to(dtype).float())
+            scores = q[m].view(2, 2, width) @ keys.mT / width**0.5  # (K, H / K, S)
+            wanted = (scores.softmax(-1) @ values).flatten()
+            assert (found[m] - wanted).norm() < near * wanted.norm(), m
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guided", [True, False])
+def test_codes_drawn_in_one_call_are_those_of_single_steps(dtype, guided):
+    model = tiny_model()[0].to(dtype)
+    model.image_head.out.weight.data.mul_(50)  # the logits outweigh the noise
+    ready = stepper.Stepper(model)
+    ready.refresh()
+    rows = [[0, 3], [2, 1]] if guided else [[1], [0]]
+    with torch.inference_mode():
+        cache = ready.model.decoder.new_cache(4 if guided else 2, 20)
+        for part in cache.k + cache.v:
+            part.normal_()
+        cache.advance(torch.tensor([7, 3, 0, 9][: cache.rows]))
+        other, codes, seeds, places = copy.deepcopy(cache), [3, 8], [5, 2**40], [0, 4]
+        found = ready.draw(cache, codes, rows, seeds, places, 2.5, 0.9, 5)
+        for step in found:
+            ids = [0] * other.rows
+            for code, branches in zip(codes, rows, strict=True):
+                for row in branches:
+                    ids[row] = code
+            x = ready.embed(torch.tensor(ids), [CODE] * len(ids))
+            logits = ready.logits(ready.forward(x, other), CODE)
+            own, rest = logits[[a for a, *_ in rows]], logits[[b for *_, b in rows]]
+            codes = ready.choose(own, rest if guided else None, 2.5, seeds, places, 0.9)
+            assert codes == step
+            other.advance(1)
+            places = [place + 1 for place in places]
+    assert cache.length.equal(other.length) and cache.longest == other.longest
 
 
 @NEEDS_KERNEL

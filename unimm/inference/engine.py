@@ -24,7 +24,7 @@ from unimm.model.decoder import KVCache
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
 MAX_IMAGES = 4  # pictures that one free answer may hold
-AT_ONCE = 8  # codes that a stream fetches from the device together
+AT_ONCE = 8  # codes of a picture that are fetched together: from a device, or for `run`
 
 
 @dataclass
@@ -92,12 +92,11 @@ class Engine:
         """All requests to their end."""
         last: list[Answer] = []
         fixed = self._fixed(requests, settings)
-        steps = self._pictures(requests, settings) if fixed else self.stream(requests, settings)
-        for answers in steps:
+        whole = self._pictures(requests, settings)
+        for answers in whole if fixed else self._slots(requests, settings, AT_ONCE):
             last = answers
         return last
 
-    @torch.inference_mode()
     def stream(self, requests: Sequence[Request], settings: Settings) -> Iterator[list[Answer]]:
         """Yields the answers (the same objects, growing) after every step.
 
@@ -105,13 +104,8 @@ class Engine:
         """
         if self._fixed(requests, settings):
             yield from self._pictures(requests, settings, AT_ONCE)
-            return
-        pool = _Pool(self)
-        jobs = [_Job(self, request, settings) for request in requests]
-        pool.waiting += list(enumerate(jobs))
-        while pool.busy:
-            pool.step()
-            yield [job.answer for job in jobs]
+        else:
+            yield from self._slots(requests, settings, 1)
 
     def add(self, request: Request, settings: Settings) -> int:
         """Queue a request; the next `step` takes it in. Returns its id.
@@ -165,6 +159,18 @@ class Engine:
                 for job, code in zip(jobs, codes, strict=True):
                     job.add_code(code)
                 yield [job.answer for job in jobs]
+
+    @torch.inference_mode()
+    def _slots(
+        self, requests: Sequence[Request], settings: Settings, every: int
+    ) -> Iterator[list[Answer]]:
+        """`stream`, of at most `every` slots a step."""
+        pool = _Pool(self, every)
+        jobs = [_Job(self, request, settings) for request in requests]
+        pool.waiting += list(enumerate(jobs))
+        while pool.busy:
+            pool.step()
+            yield [job.answer for job in jobs]
 
     def _refresh(self) -> None:
         """Make the weights ready; what was computed with others is forgotten."""
@@ -260,8 +266,8 @@ class _Job:
 class _Pool:
     """Jobs that share steps. Their rows are the first of one cache, without gaps."""
 
-    def __init__(self, engine: Engine):
-        self.engine, self.stepper = engine, engine._stepper
+    def __init__(self, engine: Engine, at_once: int = 1):
+        self.engine, self.stepper, self.at_once = engine, engine._stepper, at_once
         self.jobs: dict[int, _Job] = {}
         self.waiting: list[tuple[int, _Job]] = []
         self.cache: KVCache | None = None
@@ -273,13 +279,11 @@ class _Pool:
 
     def step(self) -> dict[int, Answer]:
         """Advance what is under way, take in what waits, and choose a slot (or more) for each."""
+        hidden: dict[int, list[Tensor]] = {}  # by job and branch: (window, D)
         if not self.jobs:
             self.engine._refresh()
-        hidden: dict[int, list[Tensor]] = {}  # by job and branch: (window, D)
-        window = 1
-        if self.jobs:
-            window = self._window()
-            hidden |= self._advance(window)
+        elif not self._draw():
+            hidden = self._advance(self._window())
         if self.waiting:
             hidden |= self._admit()
         answers = {name: job.answer for name, job in self.jobs.items()}
@@ -318,6 +322,28 @@ class _Pool:
         if self.engine.window == 1:
             return 1
         return max(1, min(self.engine.window, *(job.left() for job in self.jobs.values())))
+
+    def _draw(self) -> bool:
+        """Whether all jobs do nothing but draw, and the kernel has drawn for them."""
+        jobs = list(self.jobs.values())
+        s, guided = jobs[0].settings, jobs[0].guided
+        alike = all(job.settings == s and job.guided == guided for job in jobs)
+        if not alike or s.top_k or s.top_p < 1 or self.engine.window > 1 or self.cache is None:
+            return False
+        last = [self.next[name] for name in self.jobs]
+        free = all(job.left() and job.request.sample.kept is None for job in jobs)
+        if not free or any(kind != CODE for _, kind in last):
+            return False
+        codes, rows = [code for code, _ in last], [job.rows for job in jobs]
+        seeds, places = [job.request.seed for job in jobs], [job.drawn for job in jobs]
+        steps = min(self.at_once, *(job.left() for job in jobs))
+        chosen = self.stepper.draw(
+            self.cache, codes, rows, seeds, places, s.guidance, s.temperature, steps
+        )
+        for step in chosen or ():
+            for (name, job), code in zip(self.jobs.items(), step, strict=True):
+                self.next[name] = job.add_code(code)
+        return chosen is not None
 
     def _admit(self) -> dict[int, list[Tensor]]:
         """Prefill what waits. Its last hidden states by job, (1, D) a branch."""

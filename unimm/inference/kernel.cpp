@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -58,6 +60,10 @@ struct Model {
   int64_t count, dim, heads, kv_heads, width, hidden;
   float eps;
 };
+struct Drawing {
+  Weight table, first, last;  // the codes' vectors (codes, dim), and the head's two layers
+  float guidance, temperature;
+};
 struct Cache {
   void *const *k, *const *v;  // of every layer, (rows, kv_heads, capacity, width)
   int64_t kind, capacity;
@@ -76,14 +82,49 @@ static inline V load(const int8_t* p) {
 #endif
 }
 
-static inline float total(V v) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)v);
+// Lanes without bit H: the sum of two lanes of a; those with it: of b.
+template <int H, int... l>
+static inline V fold(V a, V b, std::integer_sequence<int, l...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, ((l & H) ? LANES + l - H : l)...) +
+         __builtin_shufflevector(a, b, ((l & H) ? LANES + l : l + H)...);
 #else
-  float s = 0;
-  for (int i = 0; i < LANES; i++) s += v[i];
-  return s;
+  return (V)__builtin_shuffle(a, b, (I){((l & H) ? LANES + l - H : l)...}) +
+         (V)__builtin_shuffle(a, b, (I){((l & H) ? LANES + l : l + H)...});
 #endif
+}
+
+// The sums of the lanes of S vectors, S <= LANES a power of two: that of v[i] at lane i * LANES / S.
+template <int S, int H = LANES / 2>
+static inline V totals(V* v) {
+  if constexpr (H == 0) return v[0];
+  else {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    constexpr int rest = S > 1 ? S / 2 : 1;
+#pragma GCC unroll 8
+    for (int i = 0; i < rest; i++) v[i] = fold<H>(v[i], v[S > 1 ? i + rest : i], lanes);
+    return totals<rest, H / 2>(v);
+  }
+}
+
+// y[m, n] = the lanes of sum[n][m], scaled and biased.
+template <int M, int N, int P>
+static inline void finish(const Weight& a, int64_t n0, int64_t gap, V (*sum)[P], float* y,
+                          int64_t stride) {
+  constexpr int S = N * P < LANES ? N * P : LANES;
+  V* flat = sum[0];
+#pragma GCC unroll 8
+  for (int s = 0; s < N * P; s += S) {
+    const V all = totals<S>(flat + s);
+#pragma GCC unroll 16
+    for (int i = 0; i < S; i++) {
+      const int m = (s + i) % P;
+      const int64_t at = n0 + (s + i) / P * gap;
+      if (m < M)
+        y[m * stride + at] =
+            all[i * (LANES / S)] * (a.scale ? a.scale[at] : 1.f) + (a.bias ? a.bias[at] : 0.f);
+    }
+  }
 }
 
 constexpr int AHEAD = 8192;  // bytes of a row's stream to have in the second cache
@@ -94,7 +135,8 @@ static inline void tile(
     const Weight& a, int64_t n0, int64_t gap, const float* x, float* y, int64_t stride) {
   const int64_t cols = a.cols;
   const T* w = (const T*)a.w + n0 * cols;
-  V sum[N][M] = {};
+  constexpr int P = M == 3 ? 4 : M;
+  V sum[N][P] = {};
   for (int64_t k = 0; k < cols; k += LANES) {
     V in[M];
 #pragma GCC unroll 8
@@ -107,14 +149,7 @@ static inline void tile(
       for (int m = 0; m < M; m++) sum[n][m] += row * in[m];
     }
   }
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const int64_t at = n0 + n * gap;
-      const float scale = a.scale ? a.scale[at] : 1.f, bias = a.bias ? a.bias[at] : 0.f;
-      y[m * stride + at] = total(sum[n][m]) * scale + bias;
-    }
+  finish<M, N, P>(a, n0, gap, sum, y, stride);
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
@@ -124,11 +159,8 @@ static inline void dots(
     const Weight& a, int64_t n0, int64_t gap, const bf16* x, float* y, int64_t stride) {
   const int64_t cols = a.cols;
   const bf16* w = (const bf16*)a.w + n0 * cols;
-  __m512 sum[N][M];
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sum[n][m] = _mm512_setzero_ps();
+  constexpr int P = M == 3 ? 4 : M;
+  V sum[N][P] = {};
   for (int64_t k = 0; k < cols; k += 32) {
     __m512bh in[M];
 #pragma GCC unroll 8
@@ -138,16 +170,10 @@ static inline void dots(
       const __m512bh row = (__m512bh)_mm512_loadu_si512(w + n * gap * cols + k);
       if (M > 2) __builtin_prefetch((const char*)(w + n * gap * cols + k) + AHEAD, 0, 2);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sum[n][m] = _mm512_dpbf16_ps(sum[n][m], row, in[m]);
+      for (int m = 0; m < M; m++) sum[n][m] = (V)_mm512_dpbf16_ps((__m512)sum[n][m], row, in[m]);
     }
   }
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const int64_t at = n0 + n * gap;
-      y[m * stride + at] = _mm512_reduce_add_ps(sum[n][m]) + (a.bias ? a.bias[at] : 0.f);
-    }
+  finish<M, N, P>(a, n0, gap, sum, y, stride);
 }
 constexpr bool DOTS = true;
 #else
@@ -230,12 +256,20 @@ static void rotate(float* x, int64_t width, const float* angles) {
   }
 }
 
+// Scores become exp(score - best); their sum.
+static float soften(float* score, float best, int64_t count) {
+  float sum = 0;
+  for (int64_t t = 0; t < count; t++) score[t] = std::exp(score[t] - best);
+  for (int64_t t = 0; t < count; t++) sum += score[t];
+  return sum;
+}
+
 template <class T, int E>
 static void attend_to(const float* q, const T* k, const T* v, int64_t seen, int64_t width,
                       float* out, float* score) {
   const int64_t e = E ? E : width;
   const float scale = 1.f / std::sqrt(float(e));
-  float best = -1e30f, sum = 0;
+  float best = -1e30f;
   for (int64_t t = 0; t < seen; t++) {
     float s = 0;
     const T* key = k + t * e;
@@ -243,8 +277,7 @@ static void attend_to(const float* q, const T* k, const T* v, int64_t seen, int6
     score[t] = s * scale;
     best = std::max(best, score[t]);
   }
-  for (int64_t t = 0; t < seen; t++) score[t] = std::exp(score[t] - best);
-  for (int64_t t = 0; t < seen; t++) sum += score[t];
+  const float sum = soften(score, best, seen);
   for (int64_t i = 0; i < e; i++) out[i] = 0;
   for (int64_t t = 0; t < seen; t++) {
     const T* value = v + t * e;
@@ -252,6 +285,57 @@ static void attend_to(const float* q, const T* k, const T* v, int64_t seen, int6
   }
   for (int64_t i = 0; i < e; i++) out[i] /= sum;
 }
+
+#ifdef __AVX512BF16__
+// The same with bfloat16 factors (queries and shares are rounded), two products a lane. While keys
+// are read, the values are fetched; while those are, `next`, the keys that another call will read.
+template <int E>
+static void attend_by_dots(const float* q, const bf16* k, const bf16* v, const bf16* next,
+                           int64_t seen, float* out, float* score) {
+  constexpr int P = E / 32;
+  bf16 half[E];
+  halve(q, half, E);
+  __m512bh in[P];
+  for (int p = 0; p < P; p++) in[p] = (__m512bh)_mm512_loadu_si512(half + 32 * p);
+  for (int64_t t = 0; t < seen; t += LANES) {
+    V sum[LANES] = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; p++) {
+        const int64_t at = std::min(t + j, seen - 1) * E + 32 * p;
+        __builtin_prefetch(v + at, 0, 2);
+        const __m512bh key = (__m512bh)_mm512_loadu_si512(k + at);
+        sum[j] = (V)_mm512_dpbf16_ps((__m512)sum[j], key, in[p]);
+      }
+    const V all = totals<LANES>(sum) / std::sqrt(float(E));
+    std::memcpy(score + t, &all, 4 * std::min<int64_t>(LANES, seen - t));
+  }
+  const float best = *std::max_element(score, score + seen), total = soften(score, best, seen);
+  __m512 low[P], high[P];  // of each eight lanes of `out`, the first four and the last
+  for (int p = 0; p < P; p++) low[p] = high[p] = _mm512_setzero_ps();
+  for (int64_t t = 0; t < seen; t += 2) {
+    const bool two = t + 1 < seen;
+    bf16 first, second;
+    first = score[t], second = two ? score[t + 1] : 0.f;
+    const __m512bh shares = (__m512bh)_mm512_set1_epi32(first.bits | uint32_t(second.bits) << 16);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+      const int64_t at = t * E + 32 * p;
+      __builtin_prefetch(next + at, 0, 2);
+      __builtin_prefetch(next + at + E, 0, 2);
+      const __m512i a = _mm512_loadu_si512(v + at);
+      const __m512i b = two ? _mm512_loadu_si512(v + at + E) : a;
+      low[p] = _mm512_dpbf16_ps(low[p], shares, (__m512bh)_mm512_unpacklo_epi16(a, b));
+      high[p] = _mm512_dpbf16_ps(high[p], shares, (__m512bh)_mm512_unpackhi_epi16(a, b));
+    }
+  }
+  for (int i = 0; i < E; i++) {
+    const V from = (V)(i % 8 < 4 ? low : high)[i / 32];
+    out[i] = from[i % 32 / 8 * 4 + i % 4] / total;
+  }
+}
+#endif
 
 // Queries, keys and values of `rows` slots -> the heads' outputs, through the cache of a layer.
 template <class T>
@@ -278,6 +362,14 @@ static void attention(const Model& g, const Layer& l, const Cache& c, int64_t la
     if (l.q_norm) rms_norm(query, l.q_norm, query, e, g.eps);
     rotate(query, e, angles + m * e);
     const int64_t seen = slot[m] + 1;
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<T, bf16>)
+      if (e == 64) {
+        const bf16* next = keys + at + c.capacity * e;
+        attend_by_dots<64>(query, keys + at, values + at, next, seen, out + j * e, score);
+        continue;
+      }
+#endif
     if (e == 64)
       attend_to<T, 64>(query, keys + at, values + at, seen, e, out + j * e, score);
     else
@@ -291,6 +383,7 @@ static uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+#pragma GCC visibility push(protected)  // glibc has a `step` too
 extern "C" {
 
 // Floats of scratch memory that `step` wants.
@@ -426,4 +519,35 @@ void choose(const float* logits, const float* other, float guidance, int64_t siz
   *chosen = std::max_element(z, z + size) - z;
 }
 
+// `steps` codes of each of `count` pictures under way into chosen (steps, count), every one
+// through the table, the decoder, the head and the choice. slot (rows,) moves on by `steps`.
+// numbers (5, count): the codes chosen last, overwritten; the rows of the cache, guided and not
+// (the same one without guidance); seeds; the places of the codes that are chosen first.
+void draw(const Model* g, const Cache* cache, const Drawing* how, int64_t rows, const int64_t* row,
+          int64_t* slot, int64_t count, int64_t* numbers, int64_t steps, int64_t* chosen,
+          float* scratch, int threads) {
+  const int64_t d = g->dim, codes = how->last.rows;
+  const int64_t *seed = numbers + 3 * count, *place = numbers + 4 * count;
+  float *x = scratch, *logits = x + rows * d, *rest = logits + rows * codes;
+  for (int64_t s = 0; s < steps; s++) {
+    for (int64_t j = 0; j < 2 * count; j++) {
+      const int64_t from = numbers[j % count] * d, to = numbers[count + j] * d;
+      for (int64_t i = 0; i < d; i++)
+        x[to + i] = how->table.kind == FLOAT32 ? ((const float*)how->table.w)[from + i]
+                                               : float(((const bf16*)how->table.w)[from + i]);
+    }
+    step(g, cache, rows, x, row, slot, rest, threads);
+    head(&how->first, &how->last, rows, x, logits, rest, threads);
+    for (int64_t n = 0; n < count; n++) {
+      const float* own = logits + numbers[count + n] * codes;
+      const float* other = logits + numbers[2 * count + n] * codes;
+      choose(own, other, how->guidance, codes, how->temperature, seed[n], place[n] + s, rest,
+             numbers + n);
+      chosen[s * count + n] = numbers[n];
+    }
+    for (int64_t m = 0; m < rows; m++) slot[m]++;
+  }
+}
+
 }  // extern "C"
+#pragma GCC visibility pop

@@ -55,6 +55,13 @@ class Model(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Drawing(ctypes.Structure):
+    _fields_ = [
+        ("table", Weight), ("first", Weight), ("last", Weight),
+        ("guidance", c_float), ("temperature", c_float),
+    ]  # fmt: skip
+
+
 class Cache(ctypes.Structure):
     _fields_ = [("k", c_void_p), ("v", c_void_p), ("kind", c_int64), ("capacity", c_int64)]
 
@@ -146,6 +153,39 @@ class Kernel:
         )  # fmt: skip
         return found.value
 
+    def draw(
+        self, how: Drawing, row: Tensor, cache: KVCache, codes: list[int], rows: list[list[int]],
+        seeds: list[int], places: list[int], steps: int,
+    ) -> list[list[int]]:  # fmt: skip
+        """The next codes of N pictures under way, (steps, N); `codes` (N,) are the last ones.
+
+        row (R,): 0 to R - 1, all of the cache. rows: of each picture, its own and that of its
+        unguided prompt. places: of the first codes that are chosen. The cache's lengths are the
+        caller's to advance.
+        """
+        lines = [codes, [own[0] for own in rows], [own[-1] for own in rows], seeds, places]
+        numbers, count, total = torch.tensor(lines), len(codes), cache.rows
+        chosen = torch.empty(steps, count, dtype=torch.int64)
+        slot = cache.length.clone()
+        model, head, inner = ctypes.byref(self.model), how.last.rows, how.first.rows
+        size = self.library.scratch_size(model, total, cache.capacity)
+        size = max(size, total * (inner + max(inner, how.first.cols)), head)
+        room = self._room(size + total * (self.model.dim + head))
+        self.library.draw(
+            model, ctypes.byref(self._cache(cache)), ctypes.byref(how), total, row.data_ptr(),
+            slot.data_ptr(), count, numbers.data_ptr(), steps, chosen.data_ptr(), room,
+            self.threads,
+        )  # fmt: skip
+        return chosen.tolist()
+
+    def drawing(
+        self, table: Tensor, first: nn.Module, last: nn.Module, guidance: float, temperature: float
+    ) -> Drawing:
+        """What `draw` wants to know: a code's vector (codes, D), the head, how codes are chosen."""
+        self._kept.append(table)
+        codes = Weight(table.data_ptr(), None, None, KINDS[table.dtype], *table.shape)
+        return Drawing(codes, self._known(first), self._known(last), guidance, temperature)
+
     def _known(self, layer: nn.Module) -> Weight:
         if id(layer) not in self._weights:
             self._weights[id(layer)] = self._weight(layer)
@@ -229,6 +269,9 @@ def load_library() -> ctypes.CDLL | None:
     library.attend.argtypes = [c_void_p, c_void_p, c_int64, c_int64, *pointers[:7], c_int]
     library.linear.argtypes = [c_void_p, c_int64, *pointers[:3], c_int]
     library.head.argtypes = [c_void_p, c_void_p, c_int64, *pointers[:3], c_int]
+    library.draw.argtypes = [
+        *pointers[:3], c_int64, *pointers[:2], c_int64, c_void_p, c_int64, *pointers[:2], c_int,
+    ]  # fmt: skip
     library.choose.argtypes = [
         c_void_p, c_void_p, c_float, c_int64, c_float, c_int64, c_int64, c_void_p, c_void_p,
     ]  # fmt: skip

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unimm.inference import packed
-from unimm.inference.kernel import Kernel, free_threads, make_kernel, signature
+from unimm.inference.kernel import Drawing, Kernel, free_threads, make_kernel, signature
 from unimm.inference.sampling import Ahead, choose, guide
 from unimm.model.decoder import KVCache, RMSNorm
 from unimm.model.unified import CODE, TEXT, UnifiedModel
@@ -32,6 +32,7 @@ class Stepper:
         self.kernel: Kernel | None = None
         self._table: Tensor | None = None
         self._signature: tuple | None = None
+        self._drawings: dict[tuple[float, float], Drawing] = {}
         self._noise = Ahead()
 
     @property
@@ -52,7 +53,7 @@ class Stepper:
         found = signature(self.model)
         changed = found != self._signature
         if changed:
-            self._table = None
+            self._table, self._drawings = None, {}
             self.kernel = make_kernel(self.model)
             self._signature = found
         if self.kernel is not None:
@@ -119,6 +120,28 @@ class Stepper:
         if not shared:
             return scores
         return scores[:, words:].contiguous() if kind == CODE else scores[:, :words]
+
+    def draw(
+        self, cache: KVCache, codes: list[int], rows: list[list[int]], seeds: list[int],
+        places: list[int], guidance: float, temperature: float, steps: int,
+    ) -> list[list[int]] | None:  # fmt: skip
+        """`steps` codes more of pictures under way, (steps, N), by one call of the kernel.
+
+        See `Kernel.draw`; None, with nothing done, where it cannot.
+        """
+        kernel, model, autocast = self.kernel, self.model, torch.is_autocast_enabled("cpu")
+        shared = model.config.pathway == "shared"
+        if kernel is None or shared or autocast or not self.few(cache.rows):
+            return None
+        how = self._drawings.get((guidance, temperature))
+        if how is None:
+            head, sampling = model.image_head, (guidance, temperature)
+            how = kernel.drawing(self.table(), head.proj, head.out, *sampling)
+            self._drawings[sampling] = how
+        row = rows_of(cache.rows, 1)
+        found = kernel.draw(how, row, cache, codes, rows, seeds, places, steps)
+        cache.advance(steps)
+        return found
 
     def choose(
         self, logits: Tensor, other: Tensor | None, guidance: float, seeds: list[int],
