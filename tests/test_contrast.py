@@ -36,9 +36,7 @@ from unimm.data.scenes import (
 from unimm.data.scenes.language import NUMBERS, raster
 from unimm.data.sources import (
     OFF,
-    PictureStore,
     falsified,
-    sample_addition,
     scenes_captions,
     scenes_edits,
     scenes_grounds,
@@ -48,6 +46,7 @@ from unimm.data.sources import (
     scenes_said,
     scenes_unknown,
 )
+from unimm.data.stores import PictureStore, sample_addition
 from unimm.model.unified import CODE
 from unimm.training.contrast import (
     Contrast,

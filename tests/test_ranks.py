@@ -23,7 +23,7 @@ from unimm.checkpoints.native import load_model, save_model
 from unimm.config import Source, load_recipe
 from unimm.data.codes import encoder
 from unimm.data.processor import assistant, user
-from unimm.data.sources import PictureStore
+from unimm.data.stores import PictureStore
 from unimm.data.streams import Stream
 from unimm.training import state, trainer
 from unimm.training.trainer import train

@@ -23,7 +23,7 @@ from unimm.cli import main
 from unimm.config import Source, load_recipe, override
 from unimm.data import readers
 from unimm.data.mixture import Mixture
-from unimm.data.sources import VALIDATION
+from unimm.data.stores import VALIDATION
 from unimm.training import previews
 from unimm.training.next_token import open_init, setup_unified
 from unimm.training.trainer import Parts, make_mixture, mixing_weights, train

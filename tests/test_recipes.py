@@ -18,7 +18,8 @@ from unimm.data.codes import encoder
 from unimm.data.mixture import Mixture
 from unimm.data.processor import assistant, user
 from unimm.data.scenes import describe
-from unimm.data.sources import VALIDATION, PictureStore, scenes_text
+from unimm.data.sources import scenes_text
+from unimm.data.stores import VALIDATION, PictureStore, equal_codes, sample_addition
 from unimm.model.unified import CODE
 from unimm.pipeline import UniMM
 from unimm.training.next_token import drop_prompt, setup_unified
@@ -63,7 +64,7 @@ def world(tmp_path_factory):
     for name, edited, change in (
         ("store", False, None),
         ("edits", True, None),
-        ("additions", True, sources.sample_addition),
+        ("additions", True, sample_addition),
     ):
         store = PictureStore.build(root / name, "scenes-mini", 24, 0, edited, change)
         store.add_codes(encoder(load_model(root / "model")[1]))
@@ -399,7 +400,7 @@ def test_codes_of_another_image_tokenizer_are_refused_and_made_again(world, tmp_
 
     def make(model):
         stores.main(str(model), str(tmp_path), "scenes-mini", pictures=20, edits=10)
-        sources.equal_codes.cache_clear()
+        equal_codes.cache_clear()
 
     def begin(name, model):
         source = longer.config.data[name]

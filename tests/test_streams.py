@@ -18,7 +18,7 @@ from PIL import Image
 
 from unimm.data import readers, streams
 from unimm.data.mixture import Mixture
-from unimm.data.sources import VALIDATION
+from unimm.data.stores import VALIDATION
 from unimm.data.streams import Stream
 
 RUN = SimpleNamespace(seed=3)

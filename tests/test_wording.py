@@ -16,7 +16,8 @@ from unimm.data.scenes import (
     sample_scene,
     unknown_question,
 )
-from unimm.data.sources import about_both, sample_edit
+from unimm.data.sources import about_both
+from unimm.data.stores import sample_edit
 from unimm.data.wording import (
     no_ground,
     of_which,

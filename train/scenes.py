@@ -24,7 +24,7 @@ from unimm.checkpoints.assemble import assemble
 from unimm.checkpoints.native import load_model, save_model
 from unimm.config import Run, load_recipe
 from unimm.data.scenes import WORLDS, prompt, sample_scene
-from unimm.data.sources import PictureStore
+from unimm.data.stores import PictureStore
 from unimm.model.decoder import DecoderConfig
 from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import UnifiedConfig

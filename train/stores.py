@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unimm.checkpoints.native import BUNDLED, load_model
 from unimm.data.codes import encoder
-from unimm.data.sources import PictureStore, sample_addition
+from unimm.data.stores import PictureStore, sample_addition
 
 
 def main(

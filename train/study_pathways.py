@@ -18,13 +18,8 @@ from typing import Any
 
 from unimm.checkpoints.assemble import assemble
 from unimm.config import Run, Source, load_recipe
-from unimm.data.sources import (
-    PictureStore,
-    scenes_captions,
-    scenes_pictures,
-    scenes_questions,
-    scenes_text,
-)
+from unimm.data.sources import scenes_captions, scenes_pictures, scenes_questions, scenes_text
+from unimm.data.stores import PictureStore
 from unimm.evaluation.compare import Study, scenes_samples, scenes_scores
 from unimm.model.decoder import DecoderConfig
 from unimm.model.unified import UnifiedConfig

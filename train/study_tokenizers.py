@@ -14,7 +14,8 @@ from typing import Any
 
 from unimm.checkpoints.assemble import assemble
 from unimm.config import Run, Source, load_recipe
-from unimm.data.sources import Made, PictureStore, scenes_pictures, scenes_pictures_only
+from unimm.data.sources import Made, scenes_pictures, scenes_pictures_only
+from unimm.data.stores import PictureStore
 from unimm.evaluation.compare import Study, scenes_samples, scenes_scores
 from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import UnifiedConfig

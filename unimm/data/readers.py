@@ -28,7 +28,8 @@ import numpy as np
 from unimm.data.codes import CodeShards, Picture, made_by
 from unimm.data.images import open_image
 from unimm.data.processor import assistant, cropped, user
-from unimm.data.sources import ASK_CAPTION, VALIDATION
+from unimm.data.sources import ASK_CAPTION
+from unimm.data.stores import VALIDATION
 from unimm.data.streams import Stream, TarSample, in_short, made, tar_samples, tar_stream
 
 Row = dict[str, Any]

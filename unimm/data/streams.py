@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 
 from unimm.data.images import open_image
-from unimm.data.sources import VALIDATION
+from unimm.data.stores import VALIDATION
 
 KEPT, LOOKED = 256, 10_000  # rows held out that are shown, and rows in which they are looked for
 PASSES = 10  # a rank may draw shards without a row, but not for so many passes

@@ -32,7 +32,7 @@ from unimm.data.scenes import (
     task_prompt,
     yes_no_pairs,
 )
-from unimm.data.sources import sample_edit
+from unimm.data.stores import sample_edit
 from unimm.inference.engine import Request
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings

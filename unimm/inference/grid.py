@@ -18,14 +18,17 @@ from unimm.model.unified import CODE, TEXT
 class GridEngine(Engine):
     """An Engine for such a model. A request is for a picture or for words: "any" gets words."""
 
-    def stream(self, requests: Sequence[Request], settings: Settings) -> Iterator[list[Answer]]:
+    def _slots(
+        self, requests: Sequence[Request], settings: Settings, every: int
+    ) -> Iterator[list[Answer]]:
         drawn = {r.mode == "image" for r in requests}
         if drawn == {True}:
             yield from self._draw(requests, settings)
         elif True in drawn:
             raise ValueError("this model draws and writes in calls of their own")
         else:
-            yield from super().stream([replace(r, mode="text") for r in requests], settings)
+            words = [replace(r, mode="text") for r in requests]
+            yield from super()._slots(words, settings, every)
 
     @torch.inference_mode()
     def _draw(self, requests: Sequence[Request], settings: Settings) -> Iterator[list[Answer]]:

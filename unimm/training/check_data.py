@@ -12,7 +12,7 @@ from unimm.config import Run, Source
 from unimm.data.images import open_image
 from unimm.data.processor import Message
 from unimm.data.readers import own
-from unimm.data.sources import VALIDATION
+from unimm.data.stores import VALIDATION
 from unimm.training.next_token import learnable, next_token, open_init
 
 CELL, COLUMNS, SHOWN = 160, 6, 36  # the contact sheet: side of a cell, cells

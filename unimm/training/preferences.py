@@ -47,7 +47,7 @@ from unimm.data.scenes import (
     task_prompt,
     to_array,
 )
-from unimm.data.sources import sample_addition, sample_edit
+from unimm.data.stores import sample_addition, sample_edit
 from unimm.inference.engine import Request
 from unimm.inference.judging import agreement
 from unimm.inference.sampling import Settings

@@ -11,7 +11,7 @@ from torch import Tensor
 from unimm.checkpoints.adapters import merged_copy
 from unimm.config import Run
 from unimm.data.processor import Message, Processor, Sample, checked, draws, to_picture, user
-from unimm.data.sources import VALIDATION
+from unimm.data.stores import VALIDATION
 from unimm.inference.engine import Engine, Request
 from unimm.inference.grid import GridEngine
 from unimm.inference.sampling import Settings
