@@ -139,6 +139,30 @@ def test_rows_of_different_lengths(decoder):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("before", [(0, 0), (4, 4), (4, 2)], ids=["empty", "even", "uneven"])
+def test_the_last_slots_alone_are_those_of_the_whole(decoder, before):
+    """last=True gives the last slot's hidden state, and leaves the same cache for what follows."""
+    torch.manual_seed(1)
+    lengths, first, x, more = torch.tensor(before), *torch.randn(3, 2, 5, TINY.dim)
+    mask = torch.randn(2, 1, 5, 5) > 0
+    mask |= torch.eye(5, dtype=torch.bool)
+    found = []
+    for last in (False, True):
+        cache = decoder.new_cache(2, 16)
+        decoder(first, torch.arange(5)[None], cache=cache)
+        cache.advance(lengths)
+        positions = cache.length[:, None] + torch.arange(5)
+        got = [decoder(x, positions, cache=cache, last=last)]
+        cache.advance(5)
+        got.append(decoder(more, positions + 5, cache=cache))
+        got += [decoder(x, torch.arange(5)[None], mask=m, last=last) for m in (None, mask)]
+        found.append(got)
+    for whole, last in zip(*found, strict=True):
+        torch.testing.assert_close(last, whole[:, -last.shape[1] :], atol=1e-5, rtol=1e-5)
+    assert [part.shape[1] for part in found[1]] == [1, 5, 1, 1]
+
+
+@torch.no_grad()
 def test_packed_rows_equal_separate_rows(decoder):
     first, second = torch.randn(1, 5, TINY.dim), torch.randn(1, 4, TINY.dim)
     packed = torch.cat((first, second, torch.zeros(1, 2, TINY.dim)), 1)

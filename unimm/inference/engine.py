@@ -20,6 +20,7 @@ from unimm.inference.graphs import Drawer, Step
 from unimm.inference.prefill import Prompts, place, slot_keys
 from unimm.inference.sampling import Settings, choose
 from unimm.inference.stepper import Stepper
+from unimm.memory import keep_freed
 from unimm.model.decoder import KVCache
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
@@ -76,6 +77,7 @@ class Engine:
     compiler: Callable[[Step], Step] | None = None
 
     def __init__(self, model: UnifiedModel, processor: Processor, window: int = 1):
+        keep_freed()
         self.model, self.processor, self.window = model.eval(), processor, window
         t = processor.template
         allowed = torch.from_numpy(processor.is_word(np.arange(model.config.decoder.vocab_size)))

@@ -97,11 +97,12 @@ class Prompts:
         device = cache.length.device
         batch = self.processor.collate(samples).to(device)
         lengths = torch.tensor([len(s) for s in samples], device=device)
+        even = len({len(s) for s in samples}) == 1
         with OneDNN():
-            hidden = self.stepper.fill(self.model.embed(batch), cache)
+            hidden = self.stepper.fill(self.model.embed(batch), cache, last=even)
         cache.advance(lengths)
         self.computed += int(lengths.sum())
-        return hidden[torch.arange(len(samples), device=device), lengths - 1]
+        return hidden[torch.arange(len(samples), device=device), -1 if even else lengths - 1]
 
 
 def slot_keys(sample: Sample) -> np.ndarray:

@@ -85,12 +85,15 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         memory: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Embeddings (B, T, D) at positions (B, T) or (1, T) -> normed hidden states (B, T, D).
 
         mask: None is causal (right padding needs no mask, as nothing looks to the right), or bool,
         broadcastable to (B, 1, T, S), True = may attend. With a cache the T new keys are written
         behind each row's length; the caller then calls `cache.advance`. memory is reserved.
+        last: only the hidden states of the last slots are wanted, (B, 1, D), so the last layer
+        makes no others.
         """
         if memory is not None:
             raise NotImplementedError("memory is reserved for cross-attention and not built yet")
@@ -99,14 +102,24 @@ class Decoder(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         attend = self.attention(x, dtype, mask, cache)
         cos, sin = self.rope(positions, dtype)
-        for layer in self.layers:
+        *layers, final = self.layers
+        for layer in layers:
             x = layer(x, cos, sin, attend, cache)
-        return self.norm(x)
+        attend = self.attention(x, dtype, mask, cache, last) if last else attend
+        return self.norm(final(x, cos, sin, attend, cache, last))
 
     def attention(
-        self, x: Tensor, dtype: torch.dtype, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        last: bool = False,
     ) -> Attend:
-        """What all layers share: the function (q, k, v) -> heads, with its mask in it."""
+        """What layers share: the function (q, k, v) -> heads, with its mask in it.
+
+        last: q (B, H, 1, E) is of the last slots alone.
+        """
         new, grouped = x.shape[1], self.config.heads != self.config.kv_heads
         causal = mask is None and new > 1
         if cache is not None and mask is None:
@@ -121,6 +134,8 @@ class Decoder(nn.Module):
         if mask is not None:  # to an additive mask once, where SDPA would do it in every layer
             zero = torch.zeros((), dtype=dtype, device=x.device)
             mask = torch.where(mask, zero, -math.inf)
+            mask = mask[..., -1:, :] if last else mask
+        causal = causal and not last
         if plain:
             assert mask is not None
             return partial(plain_attention, mask=mask)
@@ -151,15 +166,16 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.recompute = False  # hold the input alone for the backward, and compute the rest again
 
-    def forward(self, x, cos, sin, attend, cache) -> Tensor:
+    def forward(self, x, cos, sin, attend, cache, last=False) -> Tensor:
         if self.recompute and self.training:
-            return checkpoint(self.compute, x, cos, sin, attend, cache, use_reentrant=False)
-        return self.compute(x, cos, sin, attend, cache)
+            return checkpoint(self.compute, x, cos, sin, attend, cache, last, use_reentrant=False)
+        return self.compute(x, cos, sin, attend, cache, last)
 
-    def compute(self, x, cos, sin, attend, cache) -> Tensor:
+    def compute(self, x, cos, sin, attend, cache, last=False) -> Tensor:
         dtype = cos.dtype  # under autocast: one cast here, where each projection would do its own
         seen = self.input_layernorm(x).to(dtype)
-        x = x + self.drop(self.self_attn(seen, cos, sin, attend, cache))
+        heard = self.drop(self.self_attn(seen, cos, sin, attend, cache, last))
+        x = x[:, -heard.shape[1] :] + heard
         return x + self.drop(self.mlp(self.post_attention_layernorm(x).to(dtype)))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -180,19 +196,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, cos, sin, attend, cache) -> Tensor:
+    def forward(self, x, cos, sin, attend, cache, last=False) -> Tensor:
         rows, new, _ = x.shape
-        q = self.q_proj(x).view(rows, new, -1, self.head_dim)  # (B, T, H, E)
+        asked = 1 if last else new  # slots whose hidden states are wanted
+        q = self.q_proj(x[:, -asked:]).view(rows, asked, -1, self.head_dim)  # (B, T, H, E)
         k = self.k_proj(x).view(rows, new, -1, self.head_dim)  # (B, T, K, E)
         v = self.v_proj(x).view(rows, new, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), cos, sin)  # (B, H, T, E)
+        q = rotate(q.transpose(1, 2), cos[:, :, -asked:], sin[:, :, -asked:])  # (B, H, T, E)
         k = rotate(k.transpose(1, 2), cos, sin)  # (B, K, T, E)
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # (B, K, S, E)
         x = attend(q, k, v).transpose(1, 2)  # (B, T, H, E)
-        return self.o_proj(x.reshape(rows, new, -1))  # (B, T, D)
+        return self.o_proj(x.reshape(rows, asked, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):

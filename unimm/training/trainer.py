@@ -29,6 +29,7 @@ from unimm.checkpoints.adapters import adapted_name
 from unimm.config import Rates, Run
 from unimm.data.mixture import Mixture, Origin, pieces, prefetch
 from unimm.data.packing import pack
+from unimm.memory import keep_freed
 from unimm.training.log import Log
 from unimm.training.parallel import Team, settled
 from unimm.training.state import (
@@ -97,6 +98,7 @@ def train_in(out: Path, run: Run, team: Team) -> None:
     """The run itself, in a folder that is its own."""
     from accelerate.utils import send_to_device, set_seed
 
+    keep_freed(whole=True)
     parts = setup(run)
     if run.packing and parts.pack is None:
         raise ValueError("this setup cannot pack samples: packing=0")
