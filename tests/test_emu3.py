@@ -26,6 +26,7 @@ from unimm.data.emu3 import fit
 from unimm.data.processor import assistant, to_unit, user
 from unimm.inference.engine import Engine, Request
 from unimm.inference.sampling import Settings
+from unimm.inference.stepper import Stepper
 from unimm.model.unified import CODE, TEXT
 from unimm.pipeline import UniMM
 from unimm.training.next_token import drop_prompt, next_token, open_init
@@ -418,18 +419,26 @@ def test_row_ends_are_seen_by_what_follows(pair):
     assert logits[slots - 1].argmax(-1).tolist() == answer.codes
 
 
-def test_each_slot_goes_through_the_decoder_once(one):
+def test_each_slot_goes_through_the_decoder_once(one, monkeypatch):
     """The cache lives: the prompt once, then each code, with its row's end at the end of a row."""
-    processor, seen = one.ours.processor, []
-    hook = one.ours.model.decoder.layers[0].register_forward_pre_hook(
-        lambda _, given: seen.append(given[0].shape[:2])
-    )
+    processor, engine, seen = one.ours.processor, one.ours.engine, []
     sample = processor.encode([user("a cat")], "image")
-    one.ours.engine.run([Request(sample, "image")], Settings(guidance=2.0))
-    hook.remove()
-    longest = max(len(sample), len(processor.unguided(sample)))
+    bare = processor.unguided(sample)
+    forward = Stepper.forward
+
+    def watched(self, x, cache, window=1):
+        seen.append((len(x), window))
+        return forward(self, x, cache, window)
+
+    monkeypatch.setattr(Stepper, "fill", lambda self, x, cache, last: self.model.decoder(
+        x, cache.slots(x.shape[1]), cache=cache, last=last))  # fmt: skip
+    monkeypatch.setattr(Stepper, "forward", watched)
+    before = engine._prompts.computed
+    engine.run([Request(sample, "image")], Settings(guidance=2.0))
+    computed = engine._prompts.computed - before
+    assert max(len(sample), len(bare)) <= computed <= len(sample) + len(bare)
     ends = [1 + (k % 4 == 0) for k in range(1, 16)]
-    assert seen == [(2, longest), *((2, count) for count in ends)]
+    assert seen == [(2 * count, count) for count in ends]
 
 
 def test_a_whole_call_draws_answers_and_saves(one, tmp_path):

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from unimm.inference.engine import Answer, Engine, Request
-from unimm.inference.sampling import Settings, choose, guide
+from unimm.inference.sampling import Settings
 from unimm.model.unified import CODE, TEXT
 
 
@@ -32,49 +31,36 @@ class GridEngine(Engine):
 
     @torch.inference_mode()
     def _draw(self, requests: Sequence[Request], settings: Settings) -> Iterator[list[Answer]]:
-        processor, model = self.processor, self.model
-        device = model.decoder.norm.weight.device
-        count, guided = len(requests), settings.guidance != 1
+        processor, stepper = self.processor, self._stepper
+        count, guided, codes = len(requests), settings.guidance != 1, processor.codes_per_image
         samples = [r.sample for r in requests]
         samples += [processor.unguided(s) for s in samples] if guided else []
-        lengths = torch.tensor([len(s) for s in samples], device=device)
-        codes = processor.codes_per_image
-        needed = (
-            int(lengths.max()) + codes + sum(len(processor.before_code(k)) for k in range(codes))
-        )
-        context = model.config.decoder.max_positions
-        if needed > context:
+        between = [processor.before_code(k) for k in range(codes)]
+        needed = max(map(len, samples)) + codes + sum(map(len, between[1:]))
+        if needed > (context := self.model.config.decoder.max_positions):
             raise ValueError(
                 f"the prompt and its picture take {needed} slots; the context of this model has "
                 f"{context}: shorten the prompt"
             )
-        cache = model.decoder.new_cache(len(samples), needed)
-        batch = processor.collate(samples).to(device)
-        hidden = model.decoder(model.embed(batch), batch.positions, cache=cache)  # (R, T, D)
-        cache.advance(lengths)
-        hidden = hidden[torch.arange(len(samples), device=device), lengths - 1]  # (R, D)
-        seeds = torch.tensor([r.seed for r in requests], device=device)
+        self._refresh()
+        cache, hidden = self._prompts.fill(samples, needed)  # hidden: (R, D)
         answers = [Answer() for _ in requests]
         for k in range(codes):
-            chosen = self._choose(hidden, count, seeds, k, settings)  # (N,)
-            for answer, code in zip(answers, chosen.tolist(), strict=True):
+            logits = stepper.logits(hidden, CODE)
+            own, other = logits.chunk(2) if guided else (logits, None)
+            chosen = stepper.choose(
+                own, other, settings.guidance, [r.seed for r in requests], [k] * count,
+                settings.temperature, settings.top_k, settings.top_p,
+            )  # fmt: skip
+            for answer, code in zip(answers, chosen, strict=True):
                 answer.add(CODE, code)
                 answer.done = k == codes - 1
             yield answers
             if k < codes - 1:
-                forced = torch.tensor(processor.before_code(k + 1), dtype=torch.int64)
-                slots = torch.cat([chosen[:, None], forced.to(device).expand(count, -1)], 1)
-                slots = slots.repeat(2 if guided else 1, 1)  # (R, 1 + F)
-                kinds = torch.full_like(slots, TEXT)
-                kinds[:, 0] = CODE
-                at = cache.length[:, None] + torch.arange(slots.shape[1], device=device)
-                hidden = model.decoder(model.embed_ids(slots, kinds), at, cache=cache)[:, -1]
-                cache.advance(slots.shape[1])
-
-    def _choose(self, hidden: Tensor, count: int, seeds: Tensor, k: int, s: Settings) -> Tensor:
-        """Code k of every picture, (N,), from the last hidden states (R, D)."""
-        logits = self.model.logits(hidden, CODE).float()
-        if len(logits) > count:
-            logits = guide(logits[:count], logits[count:], s.guidance)
-        positions = torch.full((count,), k, device=hidden.device)
-        return choose(logits, seeds, positions, s.temperature, s.top_k, s.top_p)
+                forced = between[k + 1]
+                slots = [[code, *forced] for code in chosen] * (2 if guided else 1)
+                window, kinds = 1 + len(forced), ([CODE] + [TEXT] * len(forced)) * len(slots)
+                ids = torch.tensor(slots, device=stepper.device).flatten()
+                hidden = stepper.forward(stepper.embed(ids, kinds), cache, window)
+                hidden = hidden.view(len(slots), window, -1)[:, -1]
+                cache.advance(window)
