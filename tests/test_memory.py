@@ -4,15 +4,18 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from unimm import memory
 
 STEPS = """
 import resource, sys
 import torch
 from unimm.memory import keep_freed
 size, whole = int(sys.argv[1]) << 18, {"whole": True, "part": False, "none": None}[sys.argv[2]]
-done = whole is not None and [keep_freed(whole), keep_freed()][0]
+done = whole is not None and keep_freed(whole)
 def step():
     blocks = [torch.empty(size).fill_(1) for _ in range(4)]
 def faults():
@@ -46,3 +49,17 @@ def test_what_is_large_goes_back_unless_all_is_kept_and_variables_go_first():
     assert steps(48, "none")[1] > 1000 and steps(48, "part")[1] > 1000
     done, faults = steps(48, "whole", MALLOC_TRIM_THRESHOLD_="131072")
     assert done == "False" and faults > 1000
+
+
+def test_a_later_call_takes_nothing_back(monkeypatch):
+    """The engine of a preview, within a training run."""
+    asked = []
+    library = SimpleNamespace(mallopt=lambda name, value: asked.append((name, value)) or 1)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory, "_kept", -1)
+    for name in [name for name in os.environ if name.startswith(memory.USERS)]:
+        monkeypatch.delenv(name)
+    assert memory.keep_freed(whole=True) and (memory.MMAP_MAX, 0) in asked
+    before = list(asked)
+    assert memory.keep_freed() and asked == before
