@@ -27,7 +27,7 @@ def test_every_row_has_its_figures(small, tmp_path, capsys):
     )
     rows = json.loads(out.read_text())["rows"]
     assert [(r["what"], r.get("part")) for r in rows] == [
-        ("draw", None), ("answer", "first"), ("answer", "further"),
+        ("draw", "step"), ("draw", "code"), ("answer", "first"), ("answer", "further"),
     ]  # fmt: skip
     for row in rows:
         times = row["transformers"]
@@ -36,8 +36,9 @@ def test_every_row_has_its_figures(small, tmp_path, capsys):
         assert row["ratio"] == pytest.approx(times[row["best"]] / row["unimm"])
         assert row["unimm"] > 0 and min(times.values()) > 0
     assert rows[0]["agreement"] == 1.0 and rows[0]["share"] > 0
+    assert 1 <= rows[1]["codes_a_step"] <= 16
     assert Image.open(chart).size[0] > 500
-    assert capsys.readouterr().out.count("tiny") == 3
+    assert capsys.readouterr().out.count("tiny") == 4
 
 
 def test_without_a_kernel_packed_weights_count_and_what_trains_is_not_packed(small, monkeypatch):
@@ -47,7 +48,7 @@ def test_without_a_kernel_packed_weights_count_and_what_trains_is_not_packed(sma
     stepper.prepare(pair.engine.model)
     assert bench.step_bytes(pair, 1, 40) == counted
     found = bench.bench(["tiny"], ["float32"], [1], ["draw", "train"], rounds=1, steps=3)
-    drawn, *trained = found["rows"]
+    drawn, _, *trained = found["rows"]
     assert drawn["agreement"] == 1.0 and trained
 
 

@@ -188,14 +188,16 @@ def test_context_too_short_is_refused():
         processor.encode([user("a" * 60)], "image")
 
 
-def test_stream_ends_with_what_run_gives(tiny):
+@pytest.mark.parametrize("window", [1, None])
+def test_stream_ends_with_what_run_gives(tiny, window):
     model, processor = tiny
-    engine = Engine(model, processor)
+    engine = Engine(model, processor, window)
     request = image_request(processor, PROMPTS[0], 3)
     lengths = []
     for answers in engine.stream([request], Settings(guidance=2.0)):
         lengths.append(len(answers[0].codes))
-    assert lengths == list(range(1, 17))
+    assert lengths == sorted(set(lengths)) and lengths[-1] == 16  # each step adds, by itself 1
+    assert window is None or len(lengths) == 16
     assert answers[0].codes == engine.run([request], Settings(guidance=2.0))[0].codes
 
 

@@ -168,10 +168,14 @@ class UniMM:
                 yield self.pictures([codes])[0]
         else:
             request = self._requests([[user(words)]], "image", [seed])
+            shown = 0
             for answer in self.engine.stream(request, settings):
                 codes = answer[0].codes
-                if answer[0].done or len(codes) % every == 0:
-                    yield self._partial(codes)
+                while shown + every <= len(codes):
+                    shown += every
+                    yield self._partial(codes[:shown])
+            if shown < len(codes):
+                yield self._partial(codes)
         (better,) = self._looked_over([[user(words)]], [codes], settings, [seed])
         if better != codes:
             yield self.pictures([better])[0]

@@ -44,9 +44,10 @@ def bench(
 ) -> dict[str, Any]:
     """All rows of the table: {"machine": {…}, "rows": [{…}]}; times in milliseconds.
 
-    what: "draw" (a step), "picture" (all codes and the pixels), "answer" (to a picture), "train"
-    (a forward and backward). model: a Hugging Face Janus folder in place of `sizes`. Raises
-    ValueError for names that are not there, and where the two models do not train alike.
+    what: "draw" (a step, and a code), "picture" (all codes and the pixels), "answer" (to a
+    picture), "train" (a forward and backward). model: a Hugging Face Janus folder in place of
+    `sizes`. Raises ValueError for names that are not there, and where the two models do not train
+    alike.
     """
     from transformers import logging
 
@@ -81,11 +82,16 @@ def make_pair(load: Callable[[torch.dtype], Pair], dtype: torch.dtype, learns: b
 
 
 def draw(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """A step of drawing at mid-image: prompts are half a picture longer than usual."""
+    """Drawing at mid-image, where prompts are half a picture longer than usual: a step of one code
+    a picture, and a code as the engine draws them (it may try several in a step)."""
     codes = pair.engine.processor.codes_per_image
     ids = prompts(pair, batch, PROMPT + codes // 2)
     steps = min(steps + WARM, codes // 2)
-    turns: dict[str, Callable[[], list[float]]] = {"unimm": lambda: our_steps(pair, ids, steps)}
+    made: list[float] = []
+    turns: dict[str, Callable[[], list[float]]] = {
+        "unimm": lambda: our_steps(pair, ids, steps),
+        "code": lambda: our_codes(pair, ids, steps, made),
+    }
     for cache in CACHES:
         for attention in ATTENTION:
             turns[f"{cache}, {attention}"] = partial(
@@ -98,9 +104,11 @@ def draw(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]
     floor = max(
         moved / bandwidth(moved) * 1e3, 2 * parameters * 2 * batch / flops(pair.dtype) * 1e3
     )
-    row = result(timed, memory)
-    same = agreement(pair, ids, steps)
-    return [{**row, "floor": floor, "share": floor / row["unimm"], "agreement": same}]
+    code = timed.pop("code")
+    row = {"part": "step", **result(timed, memory), "floor": floor}
+    row |= {"share": floor / row["unimm"], "agreement": agreement(pair, ids, steps)}
+    coded = result({**timed, "unimm": code}, {**memory, "unimm": memory["code"]})
+    return [row, {"part": "code", **coded, "codes_a_step": statistics.median(made)}]
 
 
 def picture(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -158,13 +166,28 @@ MEASURES: dict[str, Callable[[Pair, int, int, int], list[dict[str, Any]]]] = {
 
 
 def our_steps(pair: Pair, ids: Tensor, steps: int) -> list[float]:
-    """Seconds of each step but the first few."""
-    marks = []
+    """Seconds of each step of one code a picture but the first few."""
+    marks, pair.engine.window = [], 1
     for _ in pair.engine.stream(requests(pair, ids), Settings(GUIDANCE)):
         marks.append(time.perf_counter())
         if len(marks) > steps:
             break
+    pair.engine.window = None
     return np.diff(marks)[WARM:].tolist()
+
+
+def our_codes(pair: Pair, ids: Tensor, codes: int, made: list[float]) -> list[float]:
+    """Seconds a code (of each picture) but the first few; to `made`, codes of a step."""
+    marks: list[tuple[float, float]] = []  # seconds, and codes of a picture
+    for answers in pair.engine.stream(requests(pair, ids), Settings(GUIDANCE)):
+        drawn = [len(answer.codes) for answer in answers]
+        marks.append((time.perf_counter(), statistics.mean(drawn)))
+        if min(drawn) >= codes:
+            break
+    warm = min(WARM, len(marks) - 2)
+    (start, first), (end, last) = marks[warm], marks[-1]
+    made.append((last - first) / (len(marks) - 1 - warm))
+    return [(end - start) / (last - first)]
 
 
 def their_steps(pair: Pair, ids: Tensor, steps: int, cache: str, attention: str) -> list[float]:
@@ -265,8 +288,8 @@ def agreement(pair: Pair, ids: Tensor, steps: int) -> float:
     theirs = their_codes(pair, ids, steps, CACHES[0], ATTENTION[0], greedy=True)
     ours: list[list[int]] = []
     for answers in pair.engine.stream(requests(pair, ids), Settings(GUIDANCE, temperature=0.0)):
-        ours = [answer.codes for answer in answers]
-        if len(ours[0]) == steps:
+        ours = [answer.codes[:steps] for answer in answers]
+        if all(len(codes) == steps for codes in ours):
             break
     return float((torch.tensor(ours) == theirs).float().mean())
 

@@ -67,7 +67,7 @@ class Engine:
     """Runs requests on a model: a call at a time (`run`, `stream`) or as they come (`add`, `step`).
 
     What a request gets depends on its seed alone, not on what else is under way. `window`: codes
-    that one step may try at once (exact parallel decoding); 1 is best on a CPU.
+    of each picture that one step may try (exact parallel decoding); None: `Stepper.window`.
 
     static: whether a call for pictures alone goes through steps of fixed shape (graphs.py); None:
     on a GPU. compiler: what these steps are compiled with, such as torch.compile; None: nothing.
@@ -76,7 +76,7 @@ class Engine:
     static: bool | None = None
     compiler: Callable[[Step], Step] | None = None
 
-    def __init__(self, model: UnifiedModel, processor: Processor, window: int = 1):
+    def __init__(self, model: UnifiedModel, processor: Processor, window: int | None = None):
         keep_freed()
         self.model, self.processor, self.window = model.eval(), processor, window
         t = processor.template
@@ -137,7 +137,7 @@ class Engine:
         device = self._stepper.device.type
         if not (device == "cuda" if self.static is None else self.static):
             return False
-        plain = not settings.top_k and settings.top_p == 1 and self.window == 1
+        plain = not settings.top_k and settings.top_p == 1 and self.window in (None, 1)
         alone = not self.processor.gridded and not torch.is_autocast_enabled(device)
         plain = plain and all(r.sample.kept is None for r in requests)
         return plain and alone and {r.mode for r in requests} == {"image"}
@@ -284,8 +284,8 @@ class _Pool:
         hidden: dict[int, list[Tensor]] = {}  # by job and branch: (window, D)
         if not self.jobs:
             self.engine._refresh()
-        elif not self._draw():
-            hidden = self._advance(self._window())
+        elif not self._draw(window := self._window()):
+            hidden = self._advance(window)
         if self.waiting:
             hidden |= self._admit()
         answers = {name: job.answer for name, job in self.jobs.items()}
@@ -316,36 +316,46 @@ class _Pool:
 
     def _window(self) -> int:
         """How many codes of each job to try: one, unless all draw, or know what comes next."""
+        assert self.cache is not None
+        if self.waiting:  # their rows join the cache before it is known which of a window count
+            return 1
         jobs = list(self.jobs.values())
         if known := min(len(job.given()) for job in jobs):
             for job in jobs:
                 job.draft = job.given()[:known]
             return 1 + known
-        if self.engine.window == 1:
-            return 1
-        return max(1, min(self.engine.window, *(job.left() for job in self.jobs.values())))
+        window = self.engine.window or self.stepper.window(self.cache.rows)
+        return max(1, min(window, *(job.left() for job in jobs)))
 
-    def _draw(self) -> bool:
+    def _draw(self, window: int) -> bool:
         """Whether all jobs do nothing but draw, and the kernel has drawn for them."""
         jobs = list(self.jobs.values())
         s, guided = jobs[0].settings, jobs[0].guided
         alike = all(job.settings == s and job.guided == guided for job in jobs)
-        if not alike or s.top_k or s.top_p < 1 or self.engine.window > 1 or self.cache is None:
+        if not alike or s.top_k or s.top_p < 1 or self.cache is None:
             return False
-        last = [self.next[name] for name in self.jobs]
         free = all(job.left() and job.request.sample.kept is None for job in jobs)
-        if not free or any(kind != CODE for _, kind in last):
+        if not free or any(kind != CODE for _, kind in self.next.values()):
             return False
-        codes, rows = [code for code, _ in last], [job.rows for job in jobs]
-        seeds, places = [job.request.seed for job in jobs], [job.drawn for job in jobs]
-        steps = min(self.at_once, *(job.left() for job in jobs))
-        chosen = self.stepper.draw(
-            self.cache, codes, rows, seeds, places, s.guidance, s.temperature, steps
-        )
-        for step in chosen or ():
-            for (name, job), code in zip(self.jobs.items(), step, strict=True):
+        found = self.stepper.draw(
+            self.cache, [self._tries(name, window) for name in self.jobs],
+            [job.rows for job in jobs], [job.request.seed for job in jobs],
+            [job.drawn for job in jobs], [job.left() for job in jobs],
+            s.guidance, s.temperature, self.at_once,
+        )  # fmt: skip
+        if found is None:
+            return False
+        for (name, job), codes, tries in zip(self.jobs.items(), *found, strict=True):
+            for code in codes:
                 self.next[name] = job.add_code(code)
-        return chosen is not None
+            job.draft = tries[1:]
+        return True
+
+    def _tries(self, name: int, window: int) -> list[int]:
+        """What goes in next of a job that draws: its last token, and guesses of what follows."""
+        (token, kind), draft = self.next[name], self.jobs[name].draft
+        more = draft[-1] if draft else token if kind == CODE else 0
+        return [token, *(draft + [more] * window)[: window - 1]]
 
     def _admit(self) -> dict[int, list[Tensor]]:
         """Prefill what waits. Its last hidden states by job, (1, D) a branch."""
@@ -378,11 +388,10 @@ class _Pool:
         assert self.cache is not None
         ids, kinds = [0] * self.cache.rows * window, [TEXT] * self.cache.rows * window
         for name, job in self.jobs.items():
-            token, kind = self.next[name]
-            guesses = (job.draft + [job.draft[-1] if job.draft else token] * window)[: window - 1]
-            job.draft = guesses
+            tries, kind = self._tries(name, window), self.next[name][1]
+            job.draft = tries[1:]
             for row in job.rows:
-                ids[row * window : (row + 1) * window] = [token, *guesses]
+                ids[row * window : (row + 1) * window] = tries
                 kinds[row * window : (row + 1) * window] = [kind, *[CODE] * (window - 1)]
         device = self.stepper.device
         x = self.stepper.embed(torch.tensor(ids, device=device), kinds)  # (R * window, D)

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -519,33 +520,52 @@ void choose(const float* logits, const float* other, float guidance, int64_t siz
   *chosen = std::max_element(z, z + size) - z;
 }
 
-// `steps` codes of each of `count` pictures under way into chosen (steps, count), every one
-// through the table, the decoder, the head and the choice. slot (rows,) moves on by `steps`.
-// numbers (5, count): the codes chosen last, overwritten; the rows of the cache, guided and not
-// (the same one without guidance); seeds; the places of the codes that are chosen first.
-void draw(const Model* g, const Cache* cache, const Drawing* how, int64_t rows, const int64_t* row,
-          int64_t* slot, int64_t count, int64_t* numbers, int64_t steps, int64_t* chosen,
-          float* scratch, int threads) {
-  const int64_t d = g->dim, codes = how->last.rows;
-  const int64_t *seed = numbers + 3 * count, *place = numbers + 4 * count;
-  float *x = scratch, *logits = x + rows * d, *rest = logits + rows * codes;
-  for (int64_t s = 0; s < steps; s++) {
-    for (int64_t j = 0; j < 2 * count; j++) {
-      const int64_t from = numbers[j % count] * d, to = numbers[count + j] * d;
-      for (int64_t i = 0; i < d; i++)
-        x[to + i] = how->table.kind == FLOAT32 ? ((const float*)how->table.w)[from + i]
-                                               : float(((const bf16*)how->table.w)[from + i]);
+// Up to `passes` passes for `count` pictures under way, every one of `window` slots a row through
+// the table, the decoder and the head. The codes chosen count as far as the slots before them were
+// guessed right, at least one (coupled Jacobi decoding). It ends early with the first picture.
+// length (rows,) of the cache's rows moves on. numbers (5, count): the rows, guided and not (the
+// same one without guidance); seeds; places of the codes chosen first; codes that are to come.
+// guess (count, window): what goes in next, the last code and guesses; made (count,): codes chosen,
+// which are in chosen (count, room).
+void draw(const Model* g, const Cache* cache, const Drawing* how, int64_t rows, int64_t* length,
+          int64_t count, int64_t window, int64_t passes, const int64_t* numbers, int64_t* guess,
+          int64_t* made, int64_t* chosen, int64_t room, float* scratch, int threads) {
+  const int64_t d = g->dim, codes = how->last.rows, *own = numbers, *other = numbers + count;
+  const int64_t *seed = numbers + 2 * count, *place = numbers + 3 * count;
+  const int64_t* left = numbers + 4 * count;
+  float *x = scratch, *logits = x + rows * window * d, *rest = logits + rows * window * codes;
+  std::vector<int64_t> row(rows * window), slot(rows * window), found(count * window);
+  for (int64_t pass = 0; pass < passes; pass++) {
+    int64_t w = window;
+    for (int64_t n = 0; n < count; n++) w = std::min(w, left[n] - made[n]);
+    if (w < 1) break;
+    for (int64_t m = 0; m < rows * w; m++) row[m] = m / w, slot[m] = length[m / w] + m % w;
+    for (int64_t j = 0; j < count * w; j++) {
+      const int64_t n = j / w, k = j % w, from = guess[n * window + k] * d;
+      for (const int64_t to : {own[n] * w + k, other[n] * w + k})
+        for (int64_t i = 0; i < d; i++)
+          x[to * d + i] = how->table.kind == FLOAT32 ? ((const float*)how->table.w)[from + i]
+                                                     : float(((const bf16*)how->table.w)[from + i]);
     }
-    step(g, cache, rows, x, row, slot, rest, threads);
-    head(&how->first, &how->last, rows, x, logits, rest, threads);
+    step(g, cache, rows * w, x, row.data(), slot.data(), rest, threads);
+    head(&how->first, &how->last, rows * w, x, logits, rest, threads);
+#pragma omp parallel for num_threads(threads) if (count * w > 1)
+    for (int64_t j = 0; j < count * w; j++) {
+      const int64_t n = j / w, k = j % w;
+      choose(logits + (own[n] * w + k) * codes, logits + (other[n] * w + k) * codes, how->guidance,
+             codes, how->temperature, seed[n], place[n] + made[n] + k, rest + j * codes,
+             found.data() + j);
+    }
     for (int64_t n = 0; n < count; n++) {
-      const float* own = logits + numbers[count + n] * codes;
-      const float* other = logits + numbers[2 * count + n] * codes;
-      choose(own, other, how->guidance, codes, how->temperature, seed[n], place[n] + s, rest,
-             numbers + n);
-      chosen[s * count + n] = numbers[n];
+      const int64_t *next = found.data() + n * w, last = w - 1;
+      int64_t *tried = guess + n * window, right = 1;
+      while (right < w && tried[right] == next[right - 1]) right++;
+      std::copy(next, next + right, chosen + n * room + made[n]);
+      for (int64_t k = 0; k < window; k++) tried[k] = next[std::min(right - 1 + k, last)];
+      made[n] += right;
+      length[own[n]] += right;
+      if (other[n] != own[n]) length[other[n]] += right;
     }
-    for (int64_t m = 0; m < rows; m++) slot[m]++;
   }
 }
 

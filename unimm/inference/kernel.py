@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -154,29 +155,32 @@ class Kernel:
         return found.value
 
     def draw(
-        self, how: Drawing, row: Tensor, cache: KVCache, codes: list[int], rows: list[list[int]],
-        seeds: list[int], places: list[int], steps: int,
-    ) -> list[list[int]]:  # fmt: skip
-        """The next codes of N pictures under way, (steps, N); `codes` (N,) are the last ones.
+        self, how: Drawing, cache: KVCache, tries: list[list[int]], rows: list[list[int]],
+        seeds: list[int], places: list[int], left: list[int], passes: int,
+    ) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
+        """The next codes of N pictures under way, and what each is to try next.
 
-        row (R,): 0 to R - 1, all of the cache. rows: of each picture, its own and that of its
-        unguided prompt. places: of the first codes that are chosen. The cache's lengths are the
-        caller's to advance.
+        tries: N windows of one size, each the last code and guesses of those that follow. rows: of
+        each picture, its own and that of its unguided prompt; together all of the cache. places: of
+        the first codes that are chosen. left: codes to come. Ends early with the first picture. The
+        cache's lengths are the caller's to advance, by the codes chosen.
         """
-        lines = [codes, [own[0] for own in rows], [own[-1] for own in rows], seeds, places]
-        numbers, count, total = torch.tensor(lines), len(codes), cache.rows
-        chosen = torch.empty(steps, count, dtype=torch.int64)
-        slot = cache.length.clone()
+        lines = [[own[0] for own in rows], [own[-1] for own in rows], seeds, places, left]
+        numbers, guess, (count, window) = torch.tensor(lines), torch.tensor(tries), np.shape(tries)
+        room, made = passes * window, torch.zeros(count, dtype=torch.int64)
+        chosen = torch.empty(count, room, dtype=torch.int64)
+        length, slots = cache.length.clone(), cache.rows * window
         model, head, inner = ctypes.byref(self.model), how.last.rows, how.first.rows
-        size = self.library.scratch_size(model, total, cache.capacity)
-        size = max(size, total * (inner + max(inner, how.first.cols)), head)
-        room = self._room(size + total * (self.model.dim + head))
+        size = self.library.scratch_size(model, slots, cache.capacity)
+        size = max(size, slots * (inner + max(inner, how.first.cols)), count * window * head)
+        scratch = self._room(size + slots * (self.model.dim + head))
         self.library.draw(
-            model, ctypes.byref(self._cache(cache)), ctypes.byref(how), total, row.data_ptr(),
-            slot.data_ptr(), count, numbers.data_ptr(), steps, chosen.data_ptr(), room,
-            self.threads,
+            model, ctypes.byref(self._cache(cache)), ctypes.byref(how), cache.rows,
+            length.data_ptr(), count, window, passes, numbers.data_ptr(), guess.data_ptr(),
+            made.data_ptr(), chosen.data_ptr(), room, scratch, self.threads,
         )  # fmt: skip
-        return chosen.tolist()
+        codes = [line[:n] for line, n in zip(chosen.tolist(), made.tolist(), strict=True)]
+        return codes, guess.tolist()
 
     def drawing(
         self, table: Tensor, first: nn.Module, last: nn.Module, guidance: float, temperature: float
@@ -270,7 +274,7 @@ def load_library() -> ctypes.CDLL | None:
     library.linear.argtypes = [c_void_p, c_int64, *pointers[:3], c_int]
     library.head.argtypes = [c_void_p, c_void_p, c_int64, *pointers[:3], c_int]
     library.draw.argtypes = [
-        *pointers[:3], c_int64, *pointers[:2], c_int64, c_void_p, c_int64, *pointers[:2], c_int,
+        *pointers[:3], c_int64, c_void_p, *[c_int64] * 3, *pointers[:4], c_int64, c_void_p, c_int,
     ]  # fmt: skip
     library.choose.argtypes = [
         c_void_p, c_void_p, c_float, c_int64, c_float, c_int64, c_int64, c_void_p, c_void_p,

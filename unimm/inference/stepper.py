@@ -18,10 +18,13 @@ from unimm.inference import packed
 from unimm.inference.kernel import Drawing, Kernel, free_threads, make_kernel, signature
 from unimm.inference.sampling import Ahead, choose, guide
 from unimm.model.decoder import KVCache, RMSNorm
+from unimm.model.int8 import is_quantized
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
 DOTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 FEW = {torch.float32: 64, torch.bfloat16: 128 if DOTS else 24}  # slots: the kernel's products win
+# Slots of a step that tries several codes of each picture: up to so many they pay for themselves.
+KERNEL_SLOTS, INT8_SLOTS, TORCH_SLOTS = 8, 4, 24
 
 
 class Stepper:
@@ -34,6 +37,7 @@ class Stepper:
         self._signature: tuple | None = None
         self._drawings: dict[tuple[float, float], Drawing] = {}
         self._noise = Ahead()
+        self._slots = TORCH_SLOTS  # of a step that tries several codes of each picture
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +59,9 @@ class Stepper:
         if changed:
             self._table, self._drawings = None, {}
             self.kernel = make_kernel(self.model)
-            self._signature = found
+            self._signature, self._slots = found, TORCH_SLOTS
+            if self.kernel is not None:
+                self._slots = INT8_SLOTS if is_quantized(self.model) else KERNEL_SLOTS
         if self.kernel is not None:
             self.kernel.threads = free_threads()
         return changed
@@ -123,25 +129,25 @@ class Stepper:
         return scores[:, words:].contiguous() if kind == CODE else scores[:, :words]
 
     def draw(
-        self, cache: KVCache, codes: list[int], rows: list[list[int]], seeds: list[int],
-        places: list[int], guidance: float, temperature: float, steps: int,
-    ) -> list[list[int]] | None:  # fmt: skip
-        """`steps` codes more of pictures under way, (steps, N), by one call of the kernel.
-
-        See `Kernel.draw`; None, with nothing done, where it cannot.
-        """
+        self, cache: KVCache, tries: list[list[int]], rows: list[list[int]], seeds: list[int],
+        places: list[int], left: list[int], guidance: float, temperature: float, passes: int,
+    ) -> tuple[list[list[int]], list[list[int]]] | None:  # fmt: skip
+        """The next codes of N pictures under way, and what each is to try next: one call of the
+        kernel, see `Kernel.draw`. None, with nothing done, where it cannot."""
         kernel, model, autocast = self.kernel, self.model, torch.is_autocast_enabled("cpu")
-        shared = model.config.pathway == "shared"
-        if kernel is None or shared or autocast or not self.few(cache.rows):
+        slots = cache.rows * len(tries[0])
+        if kernel is None or autocast or not self.few(slots) or model.config.pathway == "shared":
             return None
         how = self._drawings.get((guidance, temperature))
         if how is None:
             head, sampling = model.image_head, (guidance, temperature)
             how = kernel.drawing(self.table(), head.proj, head.out, *sampling)
             self._drawings[sampling] = how
-        row = rows_of(cache.rows, 1)
-        found = kernel.draw(how, row, cache, codes, rows, seeds, places, steps)
-        cache.advance(steps)
+        found = kernel.draw(how, cache, tries, rows, seeds, places, left, passes)
+        counts = torch.empty_like(cache.length)
+        for own, codes in zip(rows, found[0], strict=True):
+            counts[own] = len(codes)
+        cache.advance(counts)
         return found
 
     def choose(
@@ -158,6 +164,16 @@ class Stepper:
         device = logits.device
         where = (torch.tensor(seeds, device=device), torch.tensor(places, device=device))
         return choose(logits, *where, temperature, top_k, top_p, noise=self._noise).tolist()
+
+    def window(self, rows: int) -> int:
+        """Codes of each picture that a step of so many rows is to try, chosen by measurement.
+
+        As long as the reading of weights, or torch's way to a product, is what takes the time,
+        more slots cost little. On a GPU 1: there a step has a fixed shape (graphs.py).
+        """
+        if self.device.type != "cpu":
+            return 1
+        return max(1, self._slots // rows)
 
     def few(self, slots: int) -> bool:
         """Whether the kernel's own products are the faster way for so many slots."""

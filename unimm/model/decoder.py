@@ -281,9 +281,10 @@ class KVCache:
             keys.narrow(2, self.longest, new).copy_(k)
             values.narrow(2, self.longest, new).copy_(v)
         else:
-            slots = self.slots(new)[:, None, :, None].expand_as(k)  # (rows, K, T, E)
-            keys.scatter_(2, slots, k.to(keys.dtype))
-            values.scatter_(2, slots, v.to(values.dtype))
+            row = torch.arange(self.rows, device=k.device)[:, None]
+            where = (row, slice(None), self.slots(new))  # (rows, T, K, E); scatter_ copies it all
+            keys[where] = k.transpose(1, 2).to(keys.dtype)
+            values[where] = v.transpose(1, 2).to(values.dtype)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def slots(self, new: int) -> Tensor:
