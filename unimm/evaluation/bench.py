@@ -30,6 +30,7 @@ from unimm.model.unified import PATCH, TEXT, SeenImage, UnifiedModel
 
 GUIDANCE = 5.0
 WARM = 2  # steps of a run that are not counted
+CODES = 64  # least codes of a run whose steps try several
 CACHES = ("dynamic", "static")
 
 
@@ -90,7 +91,7 @@ def draw(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]
     made: list[float] = []
     turns: dict[str, Callable[[], list[float]]] = {
         "unimm": lambda: our_steps(pair, ids, steps),
-        "code": lambda: our_codes(pair, ids, steps, made),
+        "code": lambda: our_codes(pair, ids, min(max(steps, CODES), codes // 2), made),
     }
     for cache in CACHES:
         for attention in ATTENTION:

@@ -7,17 +7,18 @@ lies as oneDNN's inner loop goes. It is there once, in place of the parameter.
 
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimm.model.decoder import Decoder, KVCache, rotate
+from unimm.model.decoder import MLP, Attention, Decoder, KVCache, rotate
 
 LEAST = 4  # rows: of fewer, oneDNN takes a slower way
 LEARNS = "packed layers do not learn: use what unimm.checkpoints.load.load_model gives"
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 PIECE = 1 << 20  # numbers of keys that are made float32 at once, so that they stay in the cache
 
 # Shapes: R rows of the cache, T new slots of each, M = R T, D dim, H heads, K kv heads, E head dim.
@@ -28,27 +29,32 @@ class PackedLinear(nn.Linear):
 
     `state_dict` has the weight in the usual order, but cannot be loaded into. Moved to another
     device or dtype, it is a plain linear layer again. Raises RuntimeError where it is to learn.
+    packed: the weights of several layers, of which this one's rows begin at `first`; None: its own.
     """
 
     packed: Tensor | None
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: nn.Linear, packed: Tensor | None = None, first: int = 0):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_parameter("weight", None)
-        self.bias = layer.bias
-        self.packed = reordered(layer.weight.detach())
+        self.bias, self.first = layer.bias, first
+        self.packed = reordered(layer.weight.detach()) if packed is None else packed
 
     def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.packed is None else by_rows(product, self, x)
+
+    def beside(self, others: Sequence["PackedLinear"], x: Tensor) -> Sequence[Tensor]:
+        """What it and others give for x: by one product where they were packed together."""
+        layers = (self, *others)
         if self.packed is None:
-            return super().forward(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(LEARNS)
-        x, shape = x.to(self.packed.dtype), x.shape[:-1]
-        if (count := shape.numel()) < LEAST:
-            x = F.pad(x.reshape(count, self.in_features), (0, 0, 0, LEAST - count))
-            return product(self, x)[:count].view(*shape, self.out_features)
-        return product(self, x)
+            return [layer(x) for layer in layers]
+        return by_rows(products, layers, x).split([layer.out_features for layer in layers], -1)
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) in the usual order."""
+        assert self.packed is not None
+        return self.packed.to_dense()[self.first : self.first + self.out_features].clone()
 
     def train(self, mode: bool = True) -> "PackedLinear":
         if mode and self.packed is not None:
@@ -58,28 +64,55 @@ class PackedLinear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            destination[f"{prefix}weight"] = self.packed.to_dense()
+            destination[f"{prefix}weight"] = self.dense()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if self.packed is not None:
             probe = torch.empty(0, dtype=self.packed.dtype)
             if (moved := fn(probe)).device != probe.device or moved.dtype != probe.dtype:
-                self.weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+                self.weight = nn.Parameter(self.dense(), requires_grad=False)
                 self.packed = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:  # of copies: oneDNN's order is this process's own
-        dense = None if self.packed is None else self.packed.to_dense()
-        return {**self.__dict__, "packed": dense}
+        dense = None if self.packed is None else self.dense()
+        return {**self.__dict__, "packed": dense, "first": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.packed = None if self.packed is None else reordered(self.packed)
 
 
+def by_rows(run: Callable[[Any, Tensor], Tensor], what: Any, x: Tensor) -> Tensor:
+    """`run(what, x)`, where x (…, in) has any number of rows; what: packed layers, or one."""
+    layer: Any = what if isinstance(what, PackedLinear) else what[0]
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(LEARNS)
+    x, shape = x.to(layer.packed.dtype), x.shape[:-1]
+    if (count := shape.numel()) < LEAST:
+        x = F.pad(x.reshape(count, layer.in_features), (0, 0, 0, LEAST - count))
+        found = run(what, x)[:count]
+        return found.view(*shape, found.shape[-1])
+    return run(what, x)
+
+
 def product(layer: PackedLinear, x: Tensor) -> Tensor:
     """`layer(x)` of at least LEAST rows and no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+    assert layer.packed is not None
+    if len(layer.packed) == layer.out_features:
+        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+    y = torch.ops.mkldnn._linear_pointwise(x, layer.packed, None, "none", [], "")
+    y = y[..., layer.first : layer.first + layer.out_features]
+    return y if layer.bias is None else y + layer.bias
+
+
+def products(layers: Sequence[PackedLinear], x: Tensor) -> Tensor:
+    """`product` of several layers side by side, by one product where they were packed together."""
+    if any(layer.packed is not layers[0].packed for layer in layers):
+        return torch.cat([product(layer, x) for layer in layers], -1)
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    y = torch.ops.mkldnn._linear_pointwise(x, layers[0].packed, None, "none", [], "")
+    return y.add_(torch.cat(biases)) if biases else y
 
 
 def reordered(weight: Tensor) -> Tensor:
@@ -90,14 +123,25 @@ def reordered(weight: Tensor) -> Tensor:
 def pack(model: nn.Module) -> None:
     """Replace the linear layers of a model, one by one, where oneDNN has a packed form for them.
 
-    A weight that is shared, as of tied embeddings, stays. Nothing of the model learns afterwards.
+    Those of attention that read the same are packed together, and so are those of the MLP. A weight
+    that is shared, as of tied embeddings, stays. Nothing of the model learns afterwards.
     """
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for parent in [m for m in model.modules() if m._modules]:  # not the layers: they are to go
-        for name in list(parent._modules):
-            layer = parent._modules[name]
-            if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and suits(layer.weight):
-                setattr(parent, name, PackedLinear(layer).eval())
+        found: dict[str, nn.Linear] = {
+            name: layer
+            for name, layer in parent._modules.items()
+            if type(layer) is nn.Linear and owners[id(layer.weight)] == 1 and suits(layer.weight)
+        }
+        for names in TOGETHER:
+            if isinstance(parent, Attention | MLP) and all(name in found for name in names):
+                joint, first = reordered(torch.cat([found[n].weight.detach() for n in names])), 0
+                for name in names:
+                    size = found[name].out_features
+                    setattr(parent, name, PackedLinear(found.pop(name), joint, first).eval())
+                    first += size
+        for name in list(found):  # no more than one weight at a time is there twice
+            setattr(parent, name, PackedLinear(found.pop(name)).eval())
     if any(isinstance(m, PackedLinear) for m in model.modules()):
         model.requires_grad_(False)
 
@@ -133,9 +177,9 @@ def step(decoder: Decoder, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
     for index, block in enumerate(decoder.layers):
         attention, mlp = block.self_attn, block.mlp
         seen = norm(x, block.input_layernorm.weight, c.norm_eps)
-        parts = [product(p, seen) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        q, k, v = (part[:count].view(rows, new, -1, c.head_dim) for part in parts)
-        turned = torch.cat((q, k), 2)
+        parts = products((attention.q_proj, attention.k_proj, attention.v_proj), seen)
+        parts = parts[:count].view(rows, new, -1, c.head_dim)
+        turned, v = parts.split((c.heads + c.kv_heads, c.kv_heads), 2)
         if attention.q_norm is not None:
             turned = norm(turned, None, c.norm_eps)
             turned[:, :, : c.heads].mul_(attention.q_norm.weight)
@@ -145,8 +189,8 @@ def step(decoder: Decoder, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
         heads = in_pieces(attend, q, k, v, wide).transpose(1, 2).reshape(count, -1)
         x = x + product(attention.o_proj, F.pad(heads.to(x.dtype), more))
         seen = norm(x, block.post_attention_layernorm.weight, c.norm_eps)
-        gate, up = product(mlp.gate_proj, seen), product(mlp.up_proj, seen)
-        x = x + product(mlp.down_proj, F.silu(gate, inplace=True).mul_(up))
+        gate, up = products((mlp.gate_proj, mlp.up_proj), seen).chunk(2, -1)
+        x = x + product(mlp.down_proj, F.silu(gate).mul_(up))
     return norm(x[:count], decoder.norm.weight, c.norm_eps).view(rows, new, dim)
 
 

@@ -199,9 +199,13 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, attend, cache, last=False) -> Tensor:
         rows, new, _ = x.shape
         asked = 1 if last else new  # slots whose hidden states are wanted
-        q = self.q_proj(x[:, -asked:]).view(rows, asked, -1, self.head_dim)  # (B, T, H, E)
-        k = self.k_proj(x).view(rows, new, -1, self.head_dim)  # (B, T, K, E)
-        v = self.v_proj(x).view(rows, new, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        if last:
+            q, k, v = self.q_proj(x[:, -1:]), self.k_proj(x), self.v_proj(x)
+        else:
+            q, k, v = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(rows, asked, -1, self.head_dim)  # (B, T, H, E)
+        k = k.view(rows, new, -1, self.head_dim)  # (B, T, K, E)
+        v = v.view(rows, new, -1, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), cos[:, :, -asked:], sin[:, :, -asked:])  # (B, H, T, E)
@@ -220,10 +224,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.hidden, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = side_by_side(x, self.gate_proj, self.up_proj)
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
         return self.down_proj(F.silu(gate, inplace=True).mul_(up))
+
+
+def side_by_side(x: Tensor, first: nn.Module, *others: nn.Module) -> Sequence[Tensor]:
+    """What linear layers give for x; layers that were packed together do it by one product."""
+    beside: Any = getattr(first, "beside", None)
+    return [layer(x) for layer in (first, *others)] if beside is None else beside(others, x)
 
 
 class RMSNorm(nn.Module):
