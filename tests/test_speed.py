@@ -193,7 +193,7 @@ def test_layers_packed_together_are_each_itself(bias):
         wanted = torch.cat([plain.get_submodule(name)(x) for name in names], -1)
         for attention in (together, again):
             layers = [attention.get_submodule(name) for name in names]
-            torch.testing.assert_close(packed.products(layers, x), wanted)
+            torch.testing.assert_close(packed.product(*layers, x=x), wanted)
 
 
 def states(learn):
@@ -314,7 +314,7 @@ def test_codes_drawn_in_one_call_are_those_of_single_steps(dtype, guided, window
             codes, after = ready.draw(again, tries, rows, seeds, places, left, 2.5, 0.9, passes)
             counts = [len(line) for line in codes]
             assert codes == [line[:n] for line, n in zip(wanted, counts, strict=True)]
-            assert [line[0] for line in after] == [line[-1] for line in codes]
+            assert all(len(line) == window - 1 for line in after)
             assert all(n <= most for n, most in zip(counts, left, strict=True))
             assert max(counts) >= passes or 4 in counts, "fewer than one a pass"
             if tries is right and passes == 2:
@@ -394,16 +394,30 @@ def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, t
     assert codes[:5] == drawn(Engine(model, processor), Settings(2.0))
 
 
-@pytest.mark.parametrize("window", [2, 5, 16])
+@pytest.mark.parametrize("window", [2, 5, 16, None])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_parallel_decoding_equals_one_code_at_a_time(tiny, window, temperature):
     model, processor = tiny
     settings = Settings(2.0, temperature)
-    wanted = drawn(Engine(model, processor), settings)
-    assert drawn(Engine(model, processor, window), settings) == wanted
-    torch_alone = by_torch(model, processor)
-    torch_alone.window = window
-    assert drawn(torch_alone, settings) == wanted
+    wanted = drawn(Engine(model, processor, window=1), settings)
+    for count in (5, 1, 2):  # None: 1, several and fewer codes of each picture
+        assert drawn(Engine(model, processor, window), settings, count) == wanted[:count]
+        torch_alone = by_torch(model, processor)
+        torch_alone.window = window
+        assert drawn(torch_alone, settings, count) == wanted[:count]
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("form", [torch.bfloat16, torch.int8])
+def test_by_the_kernel_a_window_gives_the_same_in_any_form(form):
+    model, processor = tiny_model()
+    model = model.to(torch.bfloat16) if form == torch.bfloat16 else model
+    if form == torch.int8:
+        quantize_decoder(model)
+    for count in (1, 2, 5):
+        wanted = drawn(Engine(model, processor, window=1), Settings(2.0), count)
+        for window in (None, 3):
+            assert drawn(Engine(model, processor, window), Settings(2.0), count) == wanted
 
 
 def test_parallel_decoding_takes_fewer_steps_where_codes_can_be_guessed():
@@ -453,7 +467,7 @@ def test_a_request_gets_the_same_whatever_else_is_in_the_batch(tiny, picture, wi
 def test_a_cancelled_request_leaves_the_others_alone(tiny, picture, window):
     model, processor = tiny
     requests = mixed_requests(processor, picture)
-    wanted = Engine(model, processor).run([requests[3]], MIXED[3])[0].codes
+    wanted = Engine(model, processor, window=1).run([requests[3]], MIXED[3])[0].codes
     engine = Engine(model, processor, window)
     first, queued, kept = (engine.add(requests[k], MIXED[k]) for k in (0, 1, 3))
     engine.cancel(queued)

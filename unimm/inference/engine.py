@@ -4,7 +4,8 @@ Requests of any length, kind and settings share a step; both guidance branches a
 a request that is finished leaves its rows. Of the two heads only the one that is needed is
 evaluated. With a window, a step tries several codes of each picture: the noise of a code is a
 function of (seed, place, code), so a guess that comes out as guessed is what one code at a time
-would have given (coupled Jacobi decoding, arXiv 2410.01699 without its randomness).
+would have given (coupled Jacobi decoding, arXiv 2410.01699 without its randomness), to the bit by
+the kernel, and up to the rounding of a product of more rows by torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from unimm.model.decoder import KVCache
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
 MAX_IMAGES = 4  # pictures that one free answer may hold
-AT_ONCE = 8  # codes of a picture that are fetched together: from a device, or for `run`
+AT_ONCE = 8  # codes that are fetched together from a device; for `run`, steps by one call
 
 
 @dataclass
@@ -123,7 +124,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> dict[int, Answer]:
-        """One slot more for every request under way: their answers by id, the finished ones too."""
+        """One slot more, or several codes, for every request under way: their answers by id, the
+        finished ones too."""
         return {} if self._pool is None else self._pool.step()
 
     @torch.inference_mode()
@@ -345,10 +347,10 @@ class _Pool:
         )  # fmt: skip
         if found is None:
             return False
-        for (name, job), codes, tries in zip(self.jobs.items(), *found, strict=True):
+        for name, codes, draft in zip(self.jobs, *found, strict=True):
+            self.jobs[name].draft = draft
             for code in codes:
-                self.next[name] = job.add_code(code)
-            job.draft = tries[1:]
+                self.next[name] = self.jobs[name].add_code(code)
         return True
 
     def _tries(self, name: int, window: int) -> list[int]:

@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -158,7 +157,7 @@ class Kernel:
         self, how: Drawing, cache: KVCache, tries: list[list[int]], rows: list[list[int]],
         seeds: list[int], places: list[int], left: list[int], passes: int,
     ) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
-        """The next codes of N pictures under way, and what each is to try next.
+        """The next codes of N pictures under way, and guesses of those that follow them.
 
         tries: N windows of one size, each the last code and guesses of those that follow. rows: of
         each picture, its own and that of its unguided prompt; together all of the cache. places: of
@@ -166,7 +165,8 @@ class Kernel:
         cache's lengths are the caller's to advance, by the codes chosen.
         """
         lines = [[own[0] for own in rows], [own[-1] for own in rows], seeds, places, left]
-        numbers, guess, (count, window) = torch.tensor(lines), torch.tensor(tries), np.shape(tries)
+        numbers, guess = torch.tensor(lines), torch.tensor(tries)
+        count, window = guess.shape
         room, made = passes * window, torch.zeros(count, dtype=torch.int64)
         chosen = torch.empty(count, room, dtype=torch.int64)
         length, slots = cache.length.clone(), cache.rows * window
@@ -180,7 +180,7 @@ class Kernel:
             made.data_ptr(), chosen.data_ptr(), room, scratch, self.threads,
         )  # fmt: skip
         codes = [line[:n] for line, n in zip(chosen.tolist(), made.tolist(), strict=True)]
-        return codes, guess.tolist()
+        return codes, guess[:, 1:].tolist()
 
     def drawing(
         self, table: Tensor, first: nn.Module, last: nn.Module, guidance: float, temperature: float

@@ -42,14 +42,16 @@ class PackedLinear(nn.Linear):
         self.packed = reordered(layer.weight.detach()) if packed is None else packed
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.packed is None else by_rows(product, self, x)
+        return super().forward(x) if self.packed is None else by_rows((self,), x)
 
-    def beside(self, others: Sequence["PackedLinear"], x: Tensor) -> Sequence[Tensor]:
-        """What it and others give for x: by one product where they were packed together."""
-        layers = (self, *others)
-        if self.packed is None:
+    def beside(self, others: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+        """What it and others give for x: by one product if they are all that was packed with it."""
+        layers: tuple[Any, ...] = (self, *others)
+        sizes = [layer.out_features for layer in layers]
+        joint = all(getattr(layer, "packed", None) is self.packed for layer in layers)
+        if self.packed is None or not joint or sum(sizes) != len(self.packed):
             return [layer(x) for layer in layers]
-        return by_rows(products, layers, x).split([layer.out_features for layer in layers], -1)
+        return by_rows(layers, x).split(sizes, -1)
 
     def dense(self) -> Tensor:
         """The weight (out, in) in the usual order."""
@@ -83,36 +85,35 @@ class PackedLinear(nn.Linear):
         self.packed = None if self.packed is None else reordered(self.packed)
 
 
-def by_rows(run: Callable[[Any, Tensor], Tensor], what: Any, x: Tensor) -> Tensor:
-    """`run(what, x)`, where x (…, in) has any number of rows; what: packed layers, or one."""
-    layer: Any = what if isinstance(what, PackedLinear) else what[0]
+def by_rows(layers: Sequence[PackedLinear], x: Tensor) -> Tensor:
+    """`product` of any number of rows, x (…, in)."""
+    assert layers[0].packed is not None
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(LEARNS)
-    x, shape = x.to(layer.packed.dtype), x.shape[:-1]
+    x, shape = x.to(layers[0].packed.dtype), x.shape[:-1]
     if (count := shape.numel()) < LEAST:
-        x = F.pad(x.reshape(count, layer.in_features), (0, 0, 0, LEAST - count))
-        found = run(what, x)[:count]
-        return found.view(*shape, found.shape[-1])
-    return run(what, x)
+        x = F.pad(x.reshape(count, layers[0].in_features), (0, 0, 0, LEAST - count))
+        y = product(*layers, x=x)[:count]
+        return y.view(*shape, y.shape[-1])
+    return product(*layers, x=x)
 
 
-def product(layer: PackedLinear, x: Tensor) -> Tensor:
-    """`layer(x)` of at least LEAST rows and no gradient."""
-    assert layer.packed is not None
-    if len(layer.packed) == layer.out_features:
-        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
-    y = torch.ops.mkldnn._linear_pointwise(x, layer.packed, None, "none", [], "")
-    y = y[..., layer.first : layer.first + layer.out_features]
-    return y if layer.bias is None else y + layer.bias
+def product(*layers: PackedLinear, x: Tensor) -> Tensor:
+    """What layers give for at least LEAST rows, side by side; no gradient.
 
-
-def products(layers: Sequence[PackedLinear], x: Tensor) -> Tensor:
-    """`product` of several layers side by side, by one product where they were packed together."""
-    if any(layer.packed is not layers[0].packed for layer in layers):
-        return torch.cat([product(layer, x) for layer in layers], -1)
+    By one product of layers that were packed together, if they are all of these.
+    """
+    packed, size = layers[0].packed, sum(layer.out_features for layer in layers)
+    assert packed is not None
+    if any(layer.packed is not packed for layer in layers):
+        return torch.cat([product(layer, x=x) for layer in layers], -1)
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    y = torch.ops.mkldnn._linear_pointwise(x, layers[0].packed, None, "none", [], "")
-    return y.add_(torch.cat(biases)) if biases else y
+    bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+    if size == len(packed):
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    y = y[..., layers[0].first : layers[0].first + size]
+    return y if bias is None else y + bias
 
 
 def reordered(weight: Tensor) -> Tensor:
@@ -121,10 +122,10 @@ def reordered(weight: Tensor) -> Tensor:
 
 
 def pack(model: nn.Module) -> None:
-    """Replace the linear layers of a model, one by one, where oneDNN has a packed form for them.
+    """Replace the linear layers of a model where oneDNN has a packed form for them.
 
-    Those of attention that read the same are packed together, and so are those of the MLP. A weight
-    that is shared, as of tied embeddings, stays. Nothing of the model learns afterwards.
+    One by one, but those of attention that read the same are packed together, and so are those of
+    an MLP. A weight that is shared, as of tied embeddings, stays. Nothing learns afterwards.
     """
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for parent in [m for m in model.modules() if m._modules]:  # not the layers: they are to go
@@ -140,7 +141,7 @@ def pack(model: nn.Module) -> None:
                     size = found[name].out_features
                     setattr(parent, name, PackedLinear(found.pop(name), joint, first).eval())
                     first += size
-        for name in list(found):  # no more than one weight at a time is there twice
+        for name in list(found):  # of the model no more than that is there twice at a time
             setattr(parent, name, PackedLinear(found.pop(name)).eval())
     if any(isinstance(m, PackedLinear) for m in model.modules()):
         model.requires_grad_(False)
@@ -177,7 +178,7 @@ def step(decoder: Decoder, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
     for index, block in enumerate(decoder.layers):
         attention, mlp = block.self_attn, block.mlp
         seen = norm(x, block.input_layernorm.weight, c.norm_eps)
-        parts = products((attention.q_proj, attention.k_proj, attention.v_proj), seen)
+        parts = product(attention.q_proj, attention.k_proj, attention.v_proj, x=seen)
         parts = parts[:count].view(rows, new, -1, c.head_dim)
         turned, v = parts.split((c.heads + c.kv_heads, c.kv_heads), 2)
         if attention.q_norm is not None:
@@ -187,10 +188,10 @@ def step(decoder: Decoder, x: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
         q, k = rotate(turned, cos, sin).transpose(1, 2).split((c.heads, c.kv_heads), dim=1)
         k, v = cache.update(index, k, v.transpose(1, 2))
         heads = in_pieces(attend, q, k, v, wide).transpose(1, 2).reshape(count, -1)
-        x = x + product(attention.o_proj, F.pad(heads.to(x.dtype), more))
+        x = x + product(attention.o_proj, x=F.pad(heads.to(x.dtype), more))
         seen = norm(x, block.post_attention_layernorm.weight, c.norm_eps)
-        gate, up = products((mlp.gate_proj, mlp.up_proj), seen).chunk(2, -1)
-        x = x + product(mlp.down_proj, F.silu(gate).mul_(up))
+        gate, up = product(mlp.gate_proj, mlp.up_proj, x=seen).chunk(2, -1)
+        x = x + product(mlp.down_proj, x=F.silu(gate).mul_(up))
     return norm(x[:count], decoder.norm.weight, c.norm_eps).view(rows, new, dim)
 
 

@@ -94,18 +94,21 @@ class Ahead:
     little more than over some. What it gives is the same."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[int, ...], Tensor] = {}  # (seed, position, size, stream): (size,)
+        self.rows: dict[
+            tuple[int, int, int, int], Tensor
+        ] = {}  # (seed, position, size, stream): (size,)
 
     def __call__(self, seeds: Tensor, positions: Tensor, size: int, stream: int = 0) -> Tensor:
-        pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
-        wanted = [(seed, position, size, stream) for seed, position in pairs]
-        if not all(key in self.rows for key in wanted):
-            count = max(1, AHEAD // (size * len(wanted)))
-            steps = torch.arange(count, device=positions.device)
-            later = (positions[:, None] + steps).flatten()  # (N * count,)
-            noise = gumbel(seeds.repeat_interleave(count), later, size, stream)
-            places = [(seed, at + k, *rest) for seed, at, *rest in wanted for k in range(count)]
-            self.rows = dict(zip(places, noise, strict=True))
+        asked = zip(seeds.tolist(), positions.tolist(), strict=True)
+        wanted = [(*pair, size, stream) for pair in asked]
+        if missing := [key for key in wanted if key not in self.rows]:
+            count = max(1, AHEAD // (size * len(missing)))
+            ahead = ((seed, at + k) for seed, at, *_ in missing for k in range(count))
+            pairs = list(dict.fromkeys(ahead))
+            seeds, positions = torch.tensor(pairs, device=positions.device).T
+            keys = [(*pair, size, stream) for pair in pairs]
+            made = dict(zip(keys, gumbel(seeds, positions, size, stream), strict=True))
+            self.rows = {key: self.rows[key] for key in wanted if key in self.rows} | made
         return torch.stack([self.rows[key] for key in wanted])
 
 

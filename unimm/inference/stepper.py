@@ -132,8 +132,8 @@ class Stepper:
         self, cache: KVCache, tries: list[list[int]], rows: list[list[int]], seeds: list[int],
         places: list[int], left: list[int], guidance: float, temperature: float, passes: int,
     ) -> tuple[list[list[int]], list[list[int]]] | None:  # fmt: skip
-        """The next codes of N pictures under way, and what each is to try next: one call of the
-        kernel, see `Kernel.draw`. None, with nothing done, where it cannot."""
+        """The next codes of N pictures under way, and guesses of those that follow: one call of
+        the kernel, see `Kernel.draw`. None, with nothing done, where it cannot."""
         kernel, model, autocast = self.kernel, self.model, torch.is_autocast_enabled("cpu")
         slots = cache.rows * len(tries[0])
         if kernel is None or autocast or not self.few(slots) or model.config.pathway == "shared":
@@ -169,7 +169,8 @@ class Stepper:
         """Codes of each picture that a step of so many rows is to try, chosen by measurement.
 
         As long as the reading of weights, or torch's way to a product, is what takes the time,
-        more slots cost little. On a GPU 1: there a step has a fixed shape (graphs.py).
+        more slots cost little. On a GPU 1: not measured, and there pictures alone go through steps
+        of fixed shape (graphs.py).
         """
         if self.device.type != "cpu":
             return 1
