@@ -434,11 +434,42 @@ def test_each_slot_goes_through_the_decoder_once(one, monkeypatch):
         x, cache.slots(x.shape[1]), cache=cache, last=last))  # fmt: skip
     monkeypatch.setattr(Stepper, "forward", watched)
     before = engine._prompts.computed
+    monkeypatch.setattr(engine, "window", 1)
     engine.run([Request(sample, "image")], Settings(guidance=2.0))
     computed = engine._prompts.computed - before
     assert max(len(sample), len(bare)) <= computed <= len(sample) + len(bare)
     ends = [1 + (k % 4 == 0) for k in range(1, 16)]
     assert seen == [(2 * count, count) for count in ends]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_drawings_and_words_share_steps_and_windows(one, guidance):
+    """Codes, row ends and words of requests that come one after the other: each as if alone."""
+    processor, model = one.ours.processor, one.ours.model
+    asked = [
+        ("image", "a cat"),
+        ("text", "what?"),
+        ("image", "x"),
+        ("any", "hello"),
+        ("image", "b"),
+    ]
+    requests = [
+        Request(processor.encode([user(words)], mode if mode == "image" else "text"), mode, k)
+        for k, (mode, words) in enumerate(asked)
+    ]
+    settings = Settings(guidance, max_text=7)
+    wanted = [Engine(model, processor, window=1).run([r], settings)[0] for r in requests]
+    assert [len(answer.codes) for answer in wanted] == [16, 0, 16, 0, 16]
+    for window in (None, 1, 3, 6):
+        engine, answers, names = Engine(model, processor, window), {}, []
+        for request in requests:
+            names.append(engine.add(request, settings))
+            for _ in range(2):
+                answers |= engine.step()
+        while found := engine.step():
+            answers |= found
+        assert [answers[name].parts for name in names] == [answer.parts for answer in wanted]
+    assert Engine(model, processor, 5).run(requests[:1], settings)[0].codes == wanted[0].codes
 
 
 def test_a_whole_call_draws_answers_and_saves(one, tmp_path):
@@ -457,10 +488,6 @@ def test_a_whole_call_draws_answers_and_saves(one, tmp_path):
     assert not np.array_equal(np.asarray(greedy), np.asarray(image))
     parts = list(one.ours.generate_stream("a red cat", every=8, seed=3))
     assert np.array_equal(np.asarray(parts[-1]), np.asarray(image)) and len(parts) == 2
-    with pytest.raises(ValueError, match="calls of their own"):
-        samples = [one.ours.processor.encode([user("x")], mode) for mode in ("text", "image")]
-        modes = zip(samples, ("text", "image"), strict=True)
-        one.ours.engine.run([Request(*m) for m in modes], Settings())
     convert(one.folder, tmp_path / "native", "unimm")
     again = UniMM.from_pretrained(tmp_path / "native", "cpu")
     assert again.processor.settings() == one.ours.processor.settings()

@@ -37,7 +37,6 @@ from unimm.data.wording import (
     unknown_words,
 )
 from unimm.inference.engine import Answer, Engine, Request
-from unimm.inference.grid import GridEngine
 from unimm.inference.judging import agreement, as_asked, as_changed, untold
 from unimm.inference.kernel import signature
 from unimm.inference.sampling import Settings
@@ -70,7 +69,7 @@ class UniMM:
         self.folder: Path | None = None  # where a diffusion decoder may lie
         self._diffusion: Any = None  # the pipeline of that decoder, once it is asked for
         self._plain_pictures: tuple[Any, dict[str, list[int]]] = None, {}  # of which weights
-        self.engine = (GridEngine if processor.gridded else Engine)(model, processor)
+        self.engine = Engine(model, processor)
 
     @classmethod
     def from_pretrained(

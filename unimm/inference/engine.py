@@ -9,7 +9,7 @@ the kernel, and up to the rounding of a product of more rows by torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -115,8 +115,6 @@ class Engine:
 
         Raises ValueError where its prompt leaves no room in the context for its answer.
         """
-        if self.processor.gridded:
-            raise ValueError("a model that draws on a grid takes a call at a time: use run")
         self._pool = self._pool or _Pool(self)
         self._count += 1
         self._pool.waiting.append((self._count, _Job(self, request, settings)))
@@ -150,8 +148,8 @@ class Engine:
     ) -> Iterator[list[Answer]]:
         """`stream` by steps of fixed shape: the host fetches `every` so many codes, or all."""
         jobs = [_Job(self, request, settings) for request in requests]
-        samples, count = [request.sample for request in requests], jobs[0].per_image
-        samples += [self.processor.unguided(s) for s in samples] if jobs[0].guided else []
+        samples, count = [request.sample for request in requests], len(jobs[0].plan)
+        samples += [job.bare for job in jobs if job.bare is not None]
         self._refresh()
         filled = self._prompts.fill(samples, max(map(len, samples)))
         new = self._drawer.draw(
@@ -161,7 +159,7 @@ class Engine:
         for fetched in new:
             for codes in zip(*fetched, strict=True):  # one of every picture
                 for job, code in zip(jobs, codes, strict=True):
-                    job.add_code(code)
+                    job.add_slot(code)
                 yield [job.answer for job in jobs]
 
     @torch.inference_mode()
@@ -186,25 +184,31 @@ class _Job:
     """A request under way: what it has got, and what it may still get."""
 
     def __init__(self, engine: Engine, request: Request, settings: Settings):
+        if engine.processor.gridded and request.mode == "any":
+            request = replace(request, mode="text")  # it draws where it is told to
         self.request, self.settings, self.answer = request, settings, Answer()
-        self.guided = settings.guidance != 1 and request.mode != "text"
         self.drawing = request.mode == "image"
-        self.drawn = 0  # codes of the picture under way
+        self.drawn = self.at = 0  # codes of the picture under way; slots of it
         self.pictures = int(self.drawing)
         self.written = 0  # text tokens so far
         self.rows: list[int] = []  # of the cache: the prompt's, and the unguided prompt's
-        self.draft: list[int] = []  # guesses of codes `drawn` and on
+        self.draft: list[int] = []  # guesses of the slots `at` and on
         self.fed: list[tuple[int, int]] = []  # ids and kinds that followed the prompt
         self.template = engine.processor.template
-        self.per_image = engine.processor.codes_per_image if request.mode != "text" else 0
+        self.plan = planned(engine.processor) if request.mode != "text" else []
         self.sample, kept = request.sample, request.sample.kept
-        self.rest = self.per_image  # codes from here on are not drawn but kept
+        self.end = len(self.plan)  # slots from here on are not drawn but kept
         if self.drawing and kept is not None and (kept < 0).any():
-            first, self.rest = (int(at) for at in np.flatnonzero(kept < 0)[[0, -1]] + (0, 1))
-            for code in kept[:first].tolist():  # they are read with the prompt
-                self.answer.add(CODE, code)
-            self.sample, self.drawn = self.sample.drawn_on(kept[:first]), first
+            first, last = (int(at) for at in np.flatnonzero(kept < 0)[[0, -1]])
+            self.end = self.plan.index(last) + 1
+            if not engine.processor.gridded:
+                for code in kept[:first].tolist():  # they are read with the prompt
+                    self.answer.add(CODE, code)
+                self.sample, self.drawn, self.at = self.sample.drawn_on(kept[:first]), first, first
+        self.guided = settings.guidance != 1 and request.mode != "text"
+        self.bare = engine.processor.unguided(self.sample) if self.guided else None
         length, context = len(self.sample), engine.model.config.decoder.max_positions
+        length = max(length, 0 if self.bare is None else len(self.bare))
         least = self.left() if self.drawing else 1
         if length + least > context:
             raise ValueError(
@@ -212,36 +216,56 @@ class _Job:
                 f"the context of this model has {context}: shorten the prompt"
             )
         budget = self.left() if self.drawing else settings.max_text
-        budget += MAX_IMAGES * (self.per_image + 2) * (request.mode == "any")
+        budget += MAX_IMAGES * (len(self.plan) + 2) * (request.mode == "any")
         self.limit = min(context, length + budget)  # slots of its rows
         self.room = self.limit - length
 
     def left(self) -> int:
-        """Codes of the picture under way that are to come; 0 while words are written."""
-        return self.rest - self.drawn if self.drawing else 0
+        """Slots of the picture under way that are to come; 0 while words are written."""
+        return self.end - self.at if self.drawing else 0
 
-    def given(self) -> list[int]:
-        """The codes that come next and are kept, up to one that is to be drawn."""
-        kept = self.request.sample.kept
-        if not self.drawing or kept is None:
-            return []
-        ahead = kept[self.drawn : self.rest]
-        return ahead[: int((ahead < 0).argmax())].tolist()
+    def known(self, at: int) -> tuple[int, int] | None:
+        """The token and kind of a slot of the picture that is not drawn but kept, or no code."""
+        place, kept = self.plan[at], self.request.sample.kept
+        if place < 0:
+            return -1 - place, TEXT
+        return None if kept is None or kept[place] < 0 else (int(kept[place]), CODE)
+
+    def given(self) -> int:
+        """How many slots that come next are known."""
+        ahead = range(self.at, self.at + self.left())
+        return next((k for k, at in enumerate(ahead) if self.known(at) is None), len(ahead))
+
+    def tries(self, last: tuple[int, int], window: int) -> tuple[list[int], list[int]]:
+        """Tokens and kinds of a window: the last one chosen, and what is known or guessed next."""
+        ids, kinds = [last[0]], [last[1]]
+        guess = last[0] if last[1] == CODE else 0
+        for k in range(window - 1):
+            found = self.known(self.at + k)
+            token, kind = found or (self.draft[k] if k < len(self.draft) else guess, CODE)
+            guess = token if kind == CODE else guess
+            ids.append(token)
+            kinds.append(kind)
+        return ids, kinds
 
     def may_draw(self) -> bool:
         """Whether it may begin a picture now: allowed, and with room for all its codes."""
-        fits = self.room > self.per_image + 1
+        fits = self.room > len(self.plan) + 1
         return self.request.mode == "any" and self.pictures < MAX_IMAGES and fits
 
-    def add_code(self, code: int) -> tuple[int, int]:
-        self.answer.add(CODE, code, new=self.drawn == 0)
+    def add_slot(self, token: int) -> tuple[int, int]:
+        """The next slot of the picture: a code, or what must stand between codes."""
+        place, self.at = self.plan[self.at], self.at + 1
+        if place < 0:
+            return self._follow(token, TEXT)
+        self.answer.add(CODE, token, new=self.drawn == 0)
         self.drawn += 1
-        if self.request.mode == "image" and self.drawn == self.rest:
+        if self.request.mode == "image" and self.at == self.end:
             kept = self.request.sample.kept
-            for given in () if kept is None else kept[self.rest :].tolist():
+            for given in () if kept is None else kept[place + 1 :].tolist():
                 self.answer.add(CODE, given)
             self.answer.done = True
-        return self._follow(code, CODE)
+        return self._follow(token, CODE)
 
     def end_image(self) -> tuple[int, int]:
         self.drawing = False
@@ -250,7 +274,7 @@ class _Job:
     def add_word(self, word: int, settings: Settings) -> tuple[int, int]:
         slot = self._follow(word, TEXT)
         if word == self.template.begin_image:
-            self.drawing, self.drawn = True, 0
+            self.drawing, self.drawn, self.at = True, 0, 0
             self.pictures += 1
         elif word == self.template.end_of_turn:
             self.answer.done = True
@@ -265,6 +289,14 @@ class _Job:
         self.room -= 1
         self.fed.append((token, kind))
         return token, kind
+
+
+def planned(processor: Processor) -> list[int]:
+    """The slots of a picture that is drawn: places of codes, and -1 - word for what is between."""
+    slots = [0]
+    for k in range(1, processor.codes_per_image):
+        slots += [*(-1 - token for token in processor.before_code(k)), k]
+    return slots
 
 
 class _Pool:
@@ -317,16 +349,13 @@ class _Pool:
         self.cache = first_rows(self.cache, len(kept))
 
     def _window(self) -> int:
-        """How many codes of each job to try: one, unless all draw, or know what comes next."""
+        """How many slots of each job to try: one, unless all draw; all that are known at least."""
         assert self.cache is not None
         if self.waiting:  # their rows join the cache before it is known which of a window count
             return 1
         jobs = list(self.jobs.values())
-        if known := min(len(job.given()) for job in jobs):
-            for job in jobs:
-                job.draft = job.given()[:known]
-            return 1 + known
         window = self.engine.window or self.stepper.window(self.cache.rows)
+        window = max(window, 1 + min(job.given() for job in jobs))
         return max(1, min(window, *(job.left() for job in jobs)))
 
     def _draw(self, window: int) -> bool:
@@ -337,10 +366,11 @@ class _Pool:
         if not alike or s.top_k or s.top_p < 1 or self.cache is None:
             return False
         free = all(job.left() and job.request.sample.kept is None for job in jobs)
+        free = free and not self.engine.processor.gridded
         if not free or any(kind != CODE for _, kind in self.next.values()):
             return False
         found = self.stepper.draw(
-            self.cache, [self._tries(name, window) for name in self.jobs],
+            self.cache, [job.tries(self.next[name], window)[0] for name, job in self.jobs.items()],
             [job.rows for job in jobs], [job.request.seed for job in jobs],
             [job.drawn for job in jobs], [job.left() for job in jobs],
             s.guidance, s.temperature, self.at_once,
@@ -350,22 +380,16 @@ class _Pool:
         for name, codes, draft in zip(self.jobs, *found, strict=True):
             self.jobs[name].draft = draft
             for code in codes:
-                self.next[name] = self.jobs[name].add_code(code)
+                self.next[name] = self.jobs[name].add_slot(code)
         return True
-
-    def _tries(self, name: int, window: int) -> list[int]:
-        """What goes in next of a job that draws: its last token, and guesses of what follows."""
-        (token, kind), draft = self.next[name], self.jobs[name].draft
-        more = draft[-1] if draft else token if kind == CODE else 0
-        return [token, *(draft + [more] * window)[: window - 1]]
 
     def _admit(self) -> dict[int, list[Tensor]]:
         """Prefill what waits. Its last hidden states by job, (1, D) a branch."""
         names, jobs = [n for n, _ in self.waiting], [job for _, job in self.waiting]
         self.waiting = []
         samples = [job.sample for job in jobs]
-        plan = [job for job in jobs if job.guided]
-        samples += [self.engine.processor.unguided(job.sample) for job in plan]
+        guided = [job for job in jobs if job.bare is not None]
+        samples += [job.bare for job in guided if job.bare is not None]
         limit = max(job.limit for job in jobs)
         begin = 0 if self.cache is None else self.cache.rows
         if self.cache is not None and begin:
@@ -377,7 +401,7 @@ class _Pool:
             self.cache = joined(self.cache, filled)
         for k, job in enumerate(jobs):
             job.rows = [begin + k]
-        for k, job in enumerate(plan):
+        for k, job in enumerate(guided):
             job.rows.append(begin + len(jobs) + k)
         self.jobs.update(zip(names, jobs, strict=True))
         return {
@@ -390,11 +414,11 @@ class _Pool:
         assert self.cache is not None
         ids, kinds = [0] * self.cache.rows * window, [TEXT] * self.cache.rows * window
         for name, job in self.jobs.items():
-            tries, kind = self._tries(name, window), self.next[name][1]
-            job.draft = tries[1:]
+            tried, of = job.tries(self.next[name], window)
+            job.draft = tried[1:]
             for row in job.rows:
-                ids[row * window : (row + 1) * window] = tries
-                kinds[row * window : (row + 1) * window] = [kind, *[CODE] * (window - 1)]
+                ids[row * window : (row + 1) * window] = tried
+                kinds[row * window : (row + 1) * window] = of
         device = self.stepper.device
         x = self.stepper.embed(torch.tensor(ids, device=device), kinds)  # (R * window, D)
         hidden = self.stepper.forward(x, self.cache, window).view(-1, window, x.shape[-1])
@@ -411,26 +435,26 @@ class _Pool:
             if not job.drawing:
                 writing.setdefault(job.settings, []).append(name)
             elif job.left():
-                drawing.setdefault((job.settings, len(hidden[name][0])), []).append(name)
+                drawing.setdefault(job.settings, []).append(name)
             else:
                 self.next[name] = job.end_image()
         accepted: dict[int, int] = {}
-        for (settings, _), names in drawing.items():
-            for name, codes in zip(names, self._codes(names, hidden, settings), strict=True):
-                accepted[name] = self._accept(name, codes)
+        for settings, names in drawing.items():
+            for name, slots in zip(names, self._slots(names, hidden, settings), strict=True):
+                accepted[name] = self._accept(name, slots)
         for settings, names in writing.items():
             for name, word in zip(names, self._words(names, hidden, settings), strict=True):
                 self.next[name] = self.jobs[name].add_word(word, settings)
         self._settle(hidden, accepted)
 
-    def _accept(self, name: int, codes: list[int]) -> int:
-        """Codes chosen in a window: those whose predecessors were guessed right count."""
+    def _accept(self, name: int, slots: list[int]) -> int:
+        """Slots found by a window: those whose predecessors were guessed right count."""
         job, right = self.jobs[name], 1
-        while right < len(codes) and job.draft[right - 1] == codes[right - 1]:
+        while right < len(slots) and job.draft[right - 1] == slots[right - 1]:
             right += 1
-        for code in codes[:right]:
-            self.next[name] = job.add_code(code)
-        job.draft = codes[right:]
+        for token in slots[:right]:
+            self.next[name] = job.add_slot(token)
+        job.draft = slots[right:]
         return right
 
     def _settle(self, hidden: dict[int, list[Tensor]], accepted: dict[int, int]) -> None:
@@ -443,27 +467,34 @@ class _Pool:
                 counts[self.jobs[name].rows] = accepted[name]
         self.cache.advance(counts.to(self.cache.length.device))
 
-    def _codes(
+    def _slots(
         self, names: list[int], hidden: dict[int, list[Tensor]], s: Settings
     ) -> list[list[int]]:
-        """The codes of jobs with settings `s`: as many each as hidden states (the window)."""
+        """What follows each slot of a window, of jobs with settings `s`: known, or chosen codes."""
         jobs = [self.jobs[name] for name in names]
-        window = len(hidden[names[0]][0])
+        known = [
+            [job.known(job.at + k) for k in range(len(hidden[name][0]))]
+            for name, job in zip(names, jobs, strict=True)
+        ]
+        free = [[k for k, slot in enumerate(line) if slot is None] for line in known]
         guided = jobs[0].guided
-        branches = [hidden[name][0] for name in names]
-        branches += [hidden[name][1] for name in names] if guided else []
-        logits = self.stepper.logits(torch.cat(branches), CODE)  # (N * window [* 2], K)
-        own, other = logits.chunk(2) if guided else (logits, None)
-        seeds = [job.request.seed for job in jobs for _ in range(window)]
-        places = [job.drawn + k for job in jobs for k in range(window)]
-        chosen = self.stepper.choose(
-            own, other, s.guidance, seeds, places, s.temperature, s.top_k, s.top_p
-        )
-        given = [job.request.sample.kept for job in jobs for _ in range(window)]
-        for k, (kept, at) in enumerate(zip(given, places, strict=True)):
-            if kept is not None and kept[at] >= 0:
-                chosen[k] = int(kept[at])
-        return [chosen[k : k + window] for k in range(0, len(chosen), window)]
+        branches = [
+            hidden[name][branch][own]
+            for branch in range(1 + guided)
+            for name, own in zip(names, free, strict=True)
+        ]
+        chosen: list[int] = []
+        if any(free):
+            logits = self.stepper.logits(torch.cat(branches), CODE)  # (M [* 2], K)
+            ours, other = logits.chunk(2) if guided else (logits, None)
+            each = [(job, k) for job, own in zip(jobs, free, strict=True) for k in own]
+            seeds = [job.request.seed for job, _ in each]
+            places = [job.plan[job.at + k] for job, k in each]
+            chosen = self.stepper.choose(
+                ours, other, s.guidance, seeds, places, s.temperature, s.top_k, s.top_p
+            )
+        codes = iter(chosen)
+        return [[next(codes) if slot is None else slot[0] for slot in line] for line in known]
 
     def _words(self, names: list[int], hidden: dict[int, list[Tensor]], s: Settings) -> list[int]:
         jobs = [self.jobs[name] for name in names]

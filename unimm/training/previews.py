@@ -13,7 +13,6 @@ from unimm.config import Run
 from unimm.data.processor import Message, Processor, Sample, checked, draws, to_picture, user
 from unimm.data.stores import VALIDATION
 from unimm.inference.engine import Engine, Request
-from unimm.inference.grid import GridEngine
 from unimm.inference.sampling import Settings
 from unimm.model.unified import KINDS, TEXT, UnifiedModel
 
@@ -159,7 +158,7 @@ def answer_texts(
 
 
 def engine_of(model: UnifiedModel, processor: Processor) -> Engine:
-    return (GridEngine if processor.gridded else Engine)(model, processor)
+    return Engine(model, processor)
 
 
 def words_of(talk: list[Message]) -> str:
