@@ -94,9 +94,8 @@ class Ahead:
     little more than over some. What it gives is the same."""
 
     def __init__(self) -> None:
-        self.rows: dict[
-            tuple[int, int, int, int], Tensor
-        ] = {}  # (seed, position, size, stream): (size,)
+        # By seed, position, size and stream: (size,).
+        self.rows: dict[tuple[int, int, int, int], Tensor] = {}
 
     def __call__(self, seeds: Tensor, positions: Tensor, size: int, stream: int = 0) -> Tensor:
         asked = zip(seeds.tolist(), positions.tolist(), strict=True)
