@@ -188,6 +188,11 @@ def test_context_too_short_is_refused():
         processor.encode([user("a" * 60)], "image")
 
 
+def test_a_window_is_of_one_code_at_least(tiny):
+    with pytest.raises(ValueError, match="window must be 1 or more"):
+        Engine(*tiny, window=0)
+
+
 @pytest.mark.parametrize("window", [1, None])
 def test_stream_ends_with_what_run_gives(tiny, window):
     model, processor = tiny

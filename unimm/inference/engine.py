@@ -5,7 +5,7 @@ a request that is finished leaves its rows. Of the two heads only the one that i
 evaluated. With a window, a step tries several codes of each picture: the noise of a code is a
 function of (seed, place, code), so a guess that comes out as guessed is what one code at a time
 would have given (coupled Jacobi decoding, arXiv 2410.01699 without its randomness), to the bit by
-the kernel, and up to the rounding of a product of more rows by torch.
+the kernel's products, and up to the rounding of a product of more rows by torch's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +78,8 @@ class Engine:
     compiler: Callable[[Step], Step] | None = None
 
     def __init__(self, model: UnifiedModel, processor: Processor, window: int | None = None):
+        if window is not None and window < 1:
+            raise ValueError("window must be 1 or more")
         keep_freed()
         self.model, self.processor, self.window = model.eval(), processor, window
         t = processor.template
