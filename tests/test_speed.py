@@ -106,9 +106,11 @@ def test_hidden_states_of_the_kernel(dtype, small):
 
 @NEEDS_PACKED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("intel", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hidden_states_of_packed_layers(dtype, shape, monkeypatch):
+def test_hidden_states_of_packed_layers(dtype, shape, intel, monkeypatch):
     """Rows of different lengths, one slot and a window, against the modules as they were."""
+    monkeypatch.setattr(packed, "intel", lambda: intel)
     if not packed.suits(torch.empty(1, dtype=dtype)):
         pytest.skip("not on this processor")
     monkeypatch.setattr(packed, "PIECE", 200)  # numbers: the rows of keys come in several pieces

@@ -2,10 +2,13 @@
 
 Both models are in one process and take turns, so that what else the machine does hits both; a
 figure is a median over turns. transformers is taken at its best: each kind of cache and attention
-is timed, and the fastest counts. Steps are timed at mid-image. The floor of a step is what its
+is timed, and the fastest counts. Drawing by the loop of DeepSeek's script is timed beside it, over
+transformers' modules (DeepSeek's package has the same ones, and does not import under transformers
+5). Steps are timed at mid-image. The floor of a step is what its
 bytes cost at the bandwidth, or its products at the speed of a large product, measured on the spot.
 """
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +27,7 @@ from unimm.evaluation.bench_clock import alternate, bandwidth, flops, machine, r
 from unimm.evaluation.bench_pair import ATTENTION, PROMPT, SIZES, Pair, loaded_pair, random_pair
 from unimm.evaluation.bench_train import train
 from unimm.inference.engine import Request
-from unimm.inference.sampling import Settings
+from unimm.inference.sampling import Settings, guide
 from unimm.inference.stepper import prepare
 from unimm.model.unified import PATCH, TEXT, SeenImage, UnifiedModel
 
@@ -99,6 +102,7 @@ def draw(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]
             turns[f"{cache}, {attention}"] = partial(
                 their_steps, pair, ids, steps, cache, attention
             )
+    turns["deepseek"] = lambda: deepseek_steps(pair, ids, steps)
     timed, memory = alternate(turns, rounds)
     moved = step_bytes(pair, batch, PROMPT + codes // 2)
     model = pair.engine.model
@@ -131,10 +135,18 @@ def picture(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, A
             pair.theirs.decode_image_tokens(codes)
         return [time.perf_counter() - start]
 
+    def deepseeks() -> list[float]:
+        start = time.perf_counter()
+        codes = deepseek_codes(pair, ids, count)
+        with torch.inference_mode():
+            pair.theirs.decode_image_tokens(codes)
+        return [time.perf_counter() - start]
+
     turns: dict[str, Callable[[], list[float]]] = {"unimm": ours}
     for cache in CACHES:
         for attention in ATTENTION:
             turns[f"{cache}, {attention}"] = partial(theirs, cache, attention)
+    turns["deepseek"] = deepseeks
     return [result(*alternate(turns, rounds))]
 
 
@@ -227,10 +239,45 @@ def their_codes(
                 guidance_scale=GUIDANCE,
                 do_sample=not greedy,
                 logits_processor=LogitsProcessorList([clock] if clock else []),
-                past_key_values=their_cache(model, cache, room),
+                **their_cache(model, cache, room),
             )
     finally:
         vision.num_image_tokens = usual
+
+
+def deepseek_steps(pair: Pair, ids: Tensor, steps: int) -> list[float]:
+    clock = Clock()
+    deepseek_codes(pair, ids, steps + 1, clock)
+    return np.diff(clock.marks)[WARM:].tolist()
+
+
+def deepseek_codes(
+    pair: Pair, ids: Tensor, count: int, clock: Any = None, greedy: bool = False
+) -> Tensor:
+    """`count` codes by the loop of DeepSeek's generation_inference.py, (B, count).
+
+    Both branches are rows one behind the other, there is no mask, and cache and attention are
+    those that transformers takes when it is told nothing.
+    """
+    model = pair.theirs
+    model.set_attn_implementation(ATTENTION[0])
+    cache = their_cache(model, CACHES[0], 0)
+    rows, found = ids.repeat_interleave(2, 0), []
+    rows[1::2, 1:-1] = pair.template.pad
+    with torch.inference_mode():
+        x = model.get_input_embeddings()(rows)
+        for _ in range(count):
+            out = model.model.language_model(inputs_embeds=x, use_cache=True, **cache)
+            logits = model.model.generation_head(out.last_hidden_state[:, -1])
+            logits = guide(logits[0::2], logits[1::2], GUIDANCE)
+            drawn = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+            found.append(logits.argmax(-1) if greedy else drawn)
+            x = model.prepare_embeddings_for_image_generation(
+                found[-1].repeat_interleave(2)[:, None]
+            )
+            if clock:
+                clock(ids, logits)
+    return torch.stack(found, 1)
 
 
 def our_words(pair: Pair, sample: Sample, steps: int) -> list[float]:
@@ -258,17 +305,20 @@ def their_words(pair: Pair, sample: Sample, steps: int, cache: str, attention: s
             max_new_tokens=steps,
             min_new_tokens=steps,
             streamer=clock,  # a list of logits processors would be dropped
-            past_key_values=their_cache(model, cache, ids.shape[1] + steps),
+            **their_cache(model, cache, ids.shape[1] + steps),
         )
     return np.diff([start, *clock.marks[1:]]).tolist()  # the first is the prompt's
 
 
-def their_cache(model: Any, kind: str, room: int) -> Any:
+def their_cache(model: Any, kind: str, room: int) -> dict[str, Any]:
+    """A cache, by the name that this transformers has for the argument (another before 5.24)."""
     from transformers import DynamicCache, StaticCache
 
+    known = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
     if kind == "dynamic":
-        return DynamicCache()
-    return StaticCache(config=model.config.get_text_config(), max_cache_len=room)
+        return {name: DynamicCache()}
+    return {name: StaticCache(config=model.config.get_text_config(), max_cache_len=room)}
 
 
 class Clock:
@@ -358,12 +408,15 @@ def step_bytes(pair: Pair, batch: int, slots: int) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """The rows as text."""
-    lines = [f"{'':38}{'unimm':>10}{'transformers':>14}{'ratio':>8}  floor  at its best"]
+    lines = [
+        f"{'':38}{'unimm':>10}{'transformers':>14}{'ratio':>8}  floor  {'at its best':16}DeepSeek"
+    ]
     for row in found["rows"]:
         floor = f"{row['share']:6.0%}" if "share" in row else f"{'':6}"
+        deepseek = f"{row['deepseek_ratio']:.2f}x" if "deepseek" in row else ""
         lines.append(
             f"{label(row):38}{row['unimm']:8.2f}ms{row['transformers'][row['best']]:12.2f}ms"
-            f"{row['ratio']:7.2f}x {floor}  {row['best']}"
+            f"{row['ratio']:7.2f}x {floor}  {row['best']:16}{deepseek}".rstrip()
         )
         if "codes_a_step" in row:
             lines.append(f"{'':38}{row['codes_a_step']:.2f} codes a step")

@@ -38,9 +38,10 @@ def alternate(
 
 
 def result(timed: dict[str, list[float]], memory: dict[str, int]) -> dict[str, Any]:
-    """Medians in milliseconds, and the ratio to the best of transformers' variants."""
+    """Medians in milliseconds, and the ratio to the best of transformers' variants (and to
+    DeepSeek's loop where it was timed)."""
     medians = {name: statistics.median(runs) * 1e3 for name, runs in timed.items()}
-    ours = medians.pop("unimm")
+    ours, other = medians.pop("unimm"), medians.pop("deepseek", None)
     best = min(medians, key=medians.__getitem__)
     return {
         "unimm": ours,
@@ -49,6 +50,7 @@ def result(timed: dict[str, list[float]], memory: dict[str, int]) -> dict[str, A
         "ratio": medians[best] / ours,
         "spread": [min(timed["unimm"]) * 1e3, max(timed["unimm"]) * 1e3],
         "memory": {"unimm": memory["unimm"], "transformers": memory[best]},
+        **({} if other is None else {"deepseek": other, "deepseek_ratio": other / ours}),
     }
 
 

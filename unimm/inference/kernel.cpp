@@ -202,8 +202,9 @@ template <int M>
 static void block(const Weight& a, int64_t n, const float* x, const bf16* h, float* y,
                   int64_t stride) {
   const int64_t gap = a.rows / 4;
+  constexpr int N = LANES == 8 && M == 4 ? 2 : 4;  // sums that the registers hold
   if (n < gap)
-    any_tile<M, 4>(a, n, gap, x, h, y, stride);
+    for (int64_t i = n; i < 4 * gap; i += N * gap) any_tile<M, N>(a, i, gap, x, h, y, stride);
   else
     any_tile<M, 1>(a, n + 3 * gap, 0, x, h, y, stride);
 }
