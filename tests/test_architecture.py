@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RANK = {
-    "config": 0, "memory": 0, "model": 0, "checkpoints": 1, "data": 1, "inference": 2,
-    "training": 3, "pipeline": 3, "evaluation": 4, "app": 4, "cli": 5,
+    "config": 0, "cpu": 0, "memory": 0, "model": 0, "checkpoints": 1, "data": 1,
+    "inference": 2, "training": 3, "pipeline": 3, "evaluation": 4, "app": 4, "cli": 5,
 }  # fmt: skip
 
 

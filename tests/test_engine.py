@@ -270,22 +270,47 @@ def test_drawn_images_in_history_are_seen_both_ways(picture):
     assert (last.kind == CODE).sum() == 16 and not last.images
 
 
-def test_products_of_prompts_are_the_same_by_onednn(monkeypatch):
-    """Only float32 products of many rows without a gradient are taken, and come out equal."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_prompts_are_the_same_by_another_library(dtype, monkeypatch):
+    """Only products of many rows without a gradient are taken, and come out equal."""
     if not (
         torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):
         pytest.skip("no oneDNN here")
-    layer, x = torch.nn.Linear(48, 40), torch.randn(2, 64, 48, generator=torch.Generator())
-    taken, suits = [], products.suits
-    monkeypatch.setattr(products, "suits", lambda *args: taken.append(suits(*args)) or taken[-1])
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "intel", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    name = "by_onednn" if dtype == torch.float32 else "by_float32"
+    taken, suits = [], getattr(products, name)
+    monkeypatch.setattr(products, name, lambda *args: taken.append(suits(*args)) or taken[-1])
+    near = {"atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 1e-3}
+    layer = torch.nn.Linear(48, 40).to(dtype)
+    x = torch.randn(2, 64, 48).to(dtype)
     for bias in (layer.bias, None):
-        plain = F.linear(x, layer.weight, bias)
-        with torch.inference_mode(), products.OneDNN():
-            assert torch.allclose(F.linear(x, layer.weight, bias), plain, atol=1e-5)
-    with products.OneDNN():
+        wanted = F.linear(
+            x.double(), layer.weight.double(), None if bias is None else bias.double()
+        )
+        with torch.inference_mode(), products.ManyRows():
+            found = F.linear(x, layer.weight, bias)
+            assert found.dtype == dtype and torch.allclose(found, wanted.to(dtype), **near)
+    with products.ManyRows():
         layer(x).sum().backward()
         with torch.inference_mode():
             layer(x[:, :4])
-            layer.bfloat16()(x.bfloat16())
-    assert taken == [True, True, False, False, False] and layer.weight.grad is not None
+            layer.double()(x.double())
+    assert taken == [True, True, False, False] and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.bfloat16])
+def test_attention_of_prompts_is_the_same_by_float32(mask, monkeypatch):
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    q, k, v = torch.randn(3, 2, 4, 40, 16).bfloat16().unbind()
+    seen = None if mask is None else torch.ones(40, 40, dtype=torch.bool).tril()
+    how = {} if mask is None else {"attn_mask": seen}
+    if mask == torch.bfloat16:
+        how = {"attn_mask": torch.zeros(40, 40).masked_fill(~seen, -torch.inf).bfloat16()}
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), seen)
+    with torch.inference_mode(), products.ManyRows():
+        found = F.scaled_dot_product_attention(q, k, v, **how)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted.bfloat16(), rtol=0.01, atol=2e-3)

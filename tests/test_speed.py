@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from unimm import UniMM
+from unimm import UniMM, cpu
 from unimm.checkpoints.native import load_model, save_model
 from unimm.data.processor import Sample, assistant, user
 from unimm.evaluation.bench_clock import start_peak
@@ -26,6 +26,7 @@ from unimm.model.unified import CODE
 
 PROMPTS = ["a red circle", "a blue star above a green ring", "x", "a red circle", "a red cross"]
 NEEDS_KERNEL = pytest.mark.skipif(kernel.load_library() is None, reason="no C++ compiler")
+NEEDS_HALVES = pytest.mark.skipif(not cpu.halves(), reason="no FBGEMM in this torch")
 NEEDS_PACKED = pytest.mark.skipif(not packed.suits(torch.empty(1)), reason="nothing to pack for")
 SHAPES = [
     {},
@@ -105,13 +106,20 @@ def test_hidden_states_of_the_kernel(dtype, small):
 
 
 @NEEDS_PACKED
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "halves"])
 @pytest.mark.parametrize("intel", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hidden_states_of_packed_layers(dtype, shape, intel, monkeypatch):
+def test_hidden_states_of_packed_layers(form, shape, intel, monkeypatch):
     """Rows of different lengths, one slot and a window, against the modules as they were."""
     monkeypatch.setattr(packed, "intel", lambda: intel)
-    if not packed.suits(torch.empty(1, dtype=dtype)):
+    if form == "halves":  # as on a processor that does not multiply bfloat16
+        monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    dtype = torch.float32 if form == "float32" else torch.bfloat16
+    if (
+        not packed.suits(torch.empty(1, dtype=dtype))
+        or form == "bfloat16"
+        and packed.by_halves(dtype)
+    ):
         pytest.skip("not on this processor")
     monkeypatch.setattr(packed, "PIECE", 200)  # numbers: the rows of keys come in several pieces
     model, _ = tiny_model(**shape)
@@ -119,6 +127,10 @@ def test_hidden_states_of_packed_layers(dtype, shape, intel, monkeypatch):
     quick = copy.deepcopy(model)
     packed.pack(quick)
     assert packed.is_packed(quick.decoder) and not packed.is_packed(model.decoder)
+    if form == "halves":
+        assert type(quick.decoder.layers[0].mlp.up_proj.packed) is packed.Halves
+        model, dtype = model.float(), torch.float32  # by which 16 bits lose nothing
+        assert {p.dtype for p in quick.parameters()} == {torch.float32}
     torch.manual_seed(0)
     for lengths, new in (([0, 0, 0], 4), ([7, 3, 5], 4), ([7, 3, 5], 1), ([7, 7, 7], 1)):
         with torch.inference_mode():
@@ -130,13 +142,27 @@ def test_hidden_states_of_packed_layers(dtype, shape, intel, monkeypatch):
                 cache.advance(torch.tensor(lengths))
             slots = caches[0].slots(new)
             there = model.decoder(x, slots, cache=caches[0])
-            here = packed.step(quick.decoder, x, slots, caches[1])
+            here = packed.Steps(quick.decoder)(x, slots, caches[1])
             modules = quick.decoder(begin, torch.arange(7)[None])
             expected = model.decoder(begin, torch.arange(7)[None])
         parts = [(here, there), (modules, expected)]
         for a, b in [*parts, (caches[1].k[1][:, :, :7], caches[0].k[1][:, :, :7])]:
             off = (a.double() - b.double()).norm() / b.double().norm()
             assert off < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+
+
+@NEEDS_HALVES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-6, 0.02, 3e4])
+def test_weights_of_16_bits_stay_as_they_are(dtype, size):
+    """Whatever their range; a bare float16 would lose small ones of bfloat16, and the largest."""
+    torch.manual_seed(0)
+    weight = (torch.randn(24, 64).double() * size).clamp(-6e4, 6e4).to(dtype)
+    kept = packed.Halves(weight)
+    assert kept.dense().equal(weight.float())
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(kept(x), x @ weight.float().T, rtol=1e-4, atol=1e-4 * size)
+    assert not packed.Halves(torch.zeros(8, 16, dtype=dtype))(x[:, :16]).any()
 
 
 @NEEDS_PACKED
@@ -208,12 +234,12 @@ def test_packing_frees_each_weight_before_the_next():
     weights = [weakref.ref(p) for p in model.decoder.layers.parameters() if p.ndim == 2]
     alive = []
 
-    def reordered(weight, made=packed.reordered):
+    def form(weight, made=packed.form):
         alive.append(sum(ref() is not None for ref in weights))
         return made(weight)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "reordered", reordered)
+        patch.setattr(packed, "form", form)
         packed.pack(model.decoder.layers)
     assert alive == [14, 11, 10, 8, 7, 4, 3, 1]  # of a layer: q, k and v, o, gate and up, down
 
@@ -227,7 +253,7 @@ def test_a_loaded_model_learns_where_there_is_a_kernel_or_none_to_pack(monkeypat
     assert not packed.is_packed(loaded.model.decoder)
     with monkeypatch.context() as patch:
         patch.setattr(stepper, "make_kernel", lambda model: None)
-        patch.setattr(packed.platform, "machine", lambda: "arm64")
+        patch.setattr(packed, "x86", lambda: False)
         loaded = UniMM.from_pretrained(tmp_path, device="cpu")
     assert not packed.is_packed(loaded.model.decoder)
     loaded.model.decoder(torch.randn(1, 5, 32), torch.arange(5)[None]).square().sum().backward()
@@ -569,11 +595,14 @@ def test_a_sample_may_be_the_beginning_of_another():
             assert int(cache.length[k]) == size
 
 
-def test_pixels_in_bfloat16_are_nearly_those_in_float32():
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_pixels_in_bfloat16_are_nearly_those_in_float32(multiplies, monkeypatch):
+    """And are these on a processor where bfloat16 would take longer."""
     _, processor = tiny_model()
+    monkeypatch.setattr("unimm.data.processor.multiplies_bfloat16", lambda: multiplies)
     codes = [[k % 32 for k in range(16)], [7] * 16]
     exact, half = processor.pixels(codes), processor.pixels(codes, torch.bfloat16)
-    assert half.dtype == torch.float32 and not torch.equal(exact, half)
+    assert half.dtype == torch.float32 and torch.equal(exact, half) != multiplies
     assert (exact - half).abs().mean() < 0.02
 
 

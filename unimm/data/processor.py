@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unimm.cpu import multiplies_bfloat16
 from unimm.data.images import open_image
 from unimm.model.image_tokenizer import ImageTokenizer
 from unimm.model.unified import CODE, PATCH, TEXT, Batch, SeenImage
@@ -281,14 +282,15 @@ class Processor:
     ) -> torch.Tensor:
         """Codes of complete pictures -> float32 (N, 3, H, W) in [-1, 1], on the CPU.
 
-        dtype: of the convolutions, whatever that of the weights (bfloat16 is faster). In float32 on
-        a CPU pictures are decoded one by one: convolutions over a batch round otherwise, which can
+        dtype: of the convolutions, whatever that of the weights (bfloat16 is faster; a CPU that
+        does not multiply it takes eight times as long, and float32 is used there). In float32 on a
+        CPU pictures are decoded one by one: convolutions over a batch round otherwise, which can
         change the last bit of a pixel.
         """
         if self.image_tokenizer is None:
             raise ValueError("this model has no image tokenizer, so it cannot draw")
         device = next(self.image_tokenizer.parameters()).device
-        half = dtype != torch.float32
+        half = dtype != torch.float32 and (device.type != "cpu" or multiplies_bfloat16())
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=half):
             ids = torch.tensor(codes, device=device)
             at_once = len(ids) if half or device.type != "cpu" else 1

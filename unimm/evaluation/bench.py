@@ -5,7 +5,8 @@ figure is a median over turns. transformers is taken at its best: each kind of c
 is timed, and the fastest counts. Drawing by the loop of DeepSeek's script is timed beside it, over
 transformers' modules (DeepSeek's package has the same ones, and does not import under transformers
 5). Steps are timed at mid-image. The floor of a step is what its
-bytes cost at the bandwidth, or its products at the speed of a large product, measured on the spot.
+bytes cost at the bandwidth, or its products at the speed of a large product (in its own dtype or
+in float32, whichever is faster), measured on the spot.
 """
 
 import inspect
@@ -107,9 +108,8 @@ def draw(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]
     moved = step_bytes(pair, batch, PROMPT + codes // 2)
     model = pair.engine.model
     parameters = sum(p.numel() for p in step_parameters(model))
-    floor = max(
-        moved / bandwidth(moved) * 1e3, 2 * parameters * 2 * batch / flops(pair.dtype) * 1e3
-    )
+    speed = max(flops(pair.dtype), flops(torch.float32))  # bfloat16 may be the slower of the two
+    floor = max(moved / bandwidth(moved) * 1e3, 2 * parameters * 2 * batch / speed * 1e3)
     code = timed.pop("code")
     row = {"part": "step", **result(timed, memory), "floor": floor}
     row |= {"share": floor / row["unimm"], "agreement": agreement(pair, ids, steps)}
@@ -397,10 +397,8 @@ def step_bytes(pair: Pair, batch: int, slots: int) -> int:
     """Weights, and keys and values of `slots` slots in 2 * batch rows."""
     c = pair.engine.model.config.decoder
     cached = 2 * batch * slots * 2 * c.layers * c.kv_heads * c.head_dim
-    size = torch.finfo(pair.dtype).bits // 8
-    return cached * size + sum(
-        p.numel() * p.element_size() for p in step_parameters(pair.engine.model)
-    )
+    numbers = cached + sum(p.numel() for p in step_parameters(pair.engine.model))
+    return numbers * torch.finfo(pair.dtype).bits // 8
 
 
 # ---------------------------------------------------------------- a table and a chart

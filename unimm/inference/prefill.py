@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unimm.data.processor import Processor, Sample
-from unimm.inference.products import OneDNN
+from unimm.inference.products import ManyRows
 from unimm.inference.stepper import Stepper
 from unimm.model.decoder import KVCache
 from unimm.model.unified import SeenImage
@@ -98,7 +98,7 @@ class Prompts:
         batch = self.processor.collate(samples).to(device)
         lengths = torch.tensor([len(s) for s in samples], device=device)
         even = len({len(s) for s in samples}) == 1
-        with OneDNN():
+        with ManyRows():
             hidden = self.stepper.fill(self.model.embed(batch), cache, last=even)
         cache.advance(lengths)
         self.computed += int(lengths.sum())

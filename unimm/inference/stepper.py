@@ -16,13 +16,15 @@ from torch import Tensor
 
 from unimm.inference import packed
 from unimm.inference.kernel import Drawing, Kernel, free_threads, make_kernel, signature
+from unimm.inference.products import ManyRows
 from unimm.inference.sampling import Ahead, choose, guide
-from unimm.model.decoder import KVCache, RMSNorm
+from unimm.model.decoder import KVCache
 from unimm.model.int8 import is_quantized
 from unimm.model.unified import CODE, TEXT, UnifiedModel
 
-DOTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-FEW = {torch.float32: 64, torch.bfloat16: 128 if DOTS else 24}  # slots: the kernel's products win
+AMX, DOTS = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+# Slots: up to so many the kernel's products win.
+FEW = {torch.float32: 64, torch.bfloat16: 24 if AMX else 128 if DOTS else 64}
 # Slots of a step that tries several codes of each picture: up to so many they pay for themselves.
 KERNEL_SLOTS, INT8_SLOTS, TORCH_SLOTS = 8, 4, 24
 
@@ -33,6 +35,7 @@ class Stepper:
     def __init__(self, model: UnifiedModel):
         self.model = model
         self.kernel: Kernel | None = None
+        self._packed: packed.Steps | None = None
         self._table: Tensor | None = None
         self._signature: tuple | None = None
         self._drawings: dict[tuple[float, float], Drawing] = {}
@@ -59,6 +62,8 @@ class Stepper:
         if changed:
             self._table, self._drawings = None, {}
             self.kernel = make_kernel(self.model)
+            packs = self.kernel is None and packed.is_packed(self.model.decoder)
+            self._packed = packed.Steps(self.model.decoder) if packs else None
             self._signature, self._slots = found, TORCH_SLOTS
             if self.kernel is not None:
                 self._slots = INT8_SLOTS if is_quantized(self.model) else KERNEL_SLOTS
@@ -96,8 +101,8 @@ class Stepper:
         """
         slots = cache.slots(window)  # (R, window)
         rows, autocast = x.view(len(slots), window, -1), torch.is_autocast_enabled(x.device.type)
-        if self.kernel is None and packed.is_packed(self.model.decoder):
-            return packed.step(self.model.decoder, rows, slots, cache).flatten(0, 1)
+        if self._packed is not None:
+            return self._packed(rows, slots, cache).flatten(0, 1)
         if self.kernel is None or autocast:
             return self.model.decoder(rows, slots, cache=cache).flatten(0, 1)
         if cache.longest + window > cache.capacity:
@@ -106,7 +111,8 @@ class Stepper:
         slot = slots.reshape(-1).contiguous()
         if self.few(len(x)):
             return self.kernel.step(x, row, slot, cache)
-        return self._many(x.to(self.dtype), row, slot, cache, self.kernel)
+        with ManyRows():
+            return self._many(x.to(self.dtype), row, slot, cache, self.kernel)
 
     def fill(self, x: Tensor, cache: KVCache, last: bool = False) -> Tensor:
         """`forward` for prompts x (R, T, D), which may be long -> (R, T, D); last: (R, 1, D)."""
@@ -186,14 +192,14 @@ class Stepper:
         block: Any
         for index, block in enumerate(self.model.decoder.layers):
             attention, mlp = block.self_attn, block.mlp
-            seen = norm(block.input_layernorm, x)
+            seen = packed.norm(x, block.input_layernorm.weight, c.norm_eps)
             q = attention.q_proj(seen).view(count, c.heads, c.head_dim)
             k = attention.k_proj(seen).view(count, c.kv_heads, c.head_dim)
             v = attention.v_proj(seen).view(count, c.kv_heads, c.head_dim)
             x = x + attention.o_proj(kernel.attend(index, q, k, v, row, slot, cache))
-            seen = norm(block.post_attention_layernorm, x)
+            seen = packed.norm(x, block.post_attention_layernorm.weight, c.norm_eps)
             x = x + mlp(seen)
-        return norm(self.model.decoder.norm, x)
+        return packed.norm(x, self.model.decoder.norm.weight, c.norm_eps)
 
 
 @lru_cache(64)
@@ -206,13 +212,3 @@ def prepare(model: UnifiedModel) -> None:
     """Pack the weights of a model that is not to learn, where there is no kernel for it."""
     if model.decoder.norm.weight.device.type == "cpu" and make_kernel(model) is None:
         packed.pack(model)
-
-
-def norm(module: RMSNorm, x: Tensor) -> Tensor:
-    """What the module computes, (M, D): in float32 by its formula, which is faster on a CPU."""
-    if x.dtype != torch.float32:
-        return module(x)
-    scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]).add_(
-        module.eps
-    )
-    return (x * scale.rsqrt_()).mul_(module.weight)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unimm.config import Run
+from unimm.cpu import multiplies_bfloat16
 
 
 def settled(run: Run) -> Run:
@@ -31,16 +32,8 @@ def settled(run: Run) -> Run:
         there = json.loads(begun.read_text()).get("precision")
         return dataclasses.replace(run, precision=there)
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return dataclasses.replace(run, precision="float32" if on_cpu and not _fast_half() else "bf16")
-
-
-def _fast_half() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot say
-        return True
-    known = torch.cpu.get_capabilities()
-    names = ("amx_bf16", "avx512_bf16", "bf16")
-    return any(bool(known.get(name)) for name in names)
+    slow = on_cpu and not multiplies_bfloat16()
+    return dataclasses.replace(run, precision="float32" if slow else "bf16")
 
 
 class Team:
