@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from unimm import cli
 from unimm.evaluation import bench
@@ -35,7 +36,10 @@ def test_every_row_has_its_figures(small, tmp_path, capsys):
         assert row["best"] == min(times, key=times.get)
         assert row["ratio"] == pytest.approx(times[row["best"]] / row["unimm"])
         assert row["unimm"] > 0 and min(times.values()) > 0
-    assert rows[0]["agreement"] == 1.0 and rows[0]["share"] > 0
+    for row in (rows[0], *rows[2:]):
+        assert row["share"] > 0 and row["floor"] == pytest.approx(row["share"] * row["unimm"])
+    assert rows[0]["deepseek_ratio"] == pytest.approx(rows[0]["deepseek"] / rows[0]["unimm"])
+    assert rows[0]["agreement"] == 1.0
     assert 1 <= rows[1]["codes_a_step"] <= 16
     assert Image.open(chart).size[0] > 500
     assert capsys.readouterr().out.count("tiny") == 4
@@ -56,9 +60,22 @@ def test_both_sides_answer_alike_and_draw_alike(small):
     pair = bench.random_pair(SMALL, torch.float32)
     ids = bench.prompts(pair, 2, bench.PROMPT)
     assert bench.agreement(pair, ids, 16) == 1.0
+    theirs = bench.their_codes(pair, ids, 16, "dynamic", "sdpa", greedy=True)
+    assert bench.deepseek_codes(pair, ids, 16, greedy=True).equal(theirs)
     with torch.no_grad():
         pair.engine.model.code_embed.weight.add_(1)  # the bench would see it
     assert bench.agreement(pair, ids, 16) < 1.0
+
+
+def test_operations_of_a_first_word_are_those_of_its_products(small):
+    """Two for each weight of the decoder and slot, at least, and nothing near twice as many."""
+    pair = bench.random_pair(SMALL, torch.float32)
+    sample = bench.question(pair)
+    weights = sum(p.numel() for p in pair.engine.model.decoder.layers.parameters() if p.ndim == 2)
+    with FlopCounterMode(display=False) as counted:
+        bench.their_words(pair, sample, 1, "dynamic", "sdpa")
+    products = 2 * weights * len(sample)
+    assert products < counted.get_total_flops() < 2 * products
 
 
 @pytest.mark.slow

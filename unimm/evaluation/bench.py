@@ -4,9 +4,9 @@ Both models are in one process and take turns, so that what else the machine doe
 figure is a median over turns. transformers is taken at its best: each kind of cache and attention
 is timed, and the fastest counts. Drawing by the loop of DeepSeek's script is timed beside it, over
 transformers' modules (DeepSeek's package has the same ones, and does not import under transformers
-5). Steps are timed at mid-image. The floor of a step is what its
-bytes cost at the bandwidth, or its products at the speed of a large product (in its own dtype or
-in float32, whichever is faster), measured on the spot.
+5). Steps are timed at mid-image. The floor of a step is what its bytes cost at the bandwidth, or
+its products at the speed of a large product (in its own dtype or in float32, whichever is faster),
+measured on the spot; that of a first word, what transformers' operations for it cost at that speed.
 """
 
 import inspect
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from unimm.data.processor import Sample
 from unimm.evaluation.bench_clock import alternate, bandwidth, flops, machine, result
@@ -30,7 +31,7 @@ from unimm.evaluation.bench_train import train
 from unimm.inference.engine import Request
 from unimm.inference.sampling import Settings, guide
 from unimm.inference.stepper import prepare
-from unimm.model.unified import PATCH, TEXT, SeenImage, UnifiedModel
+from unimm.model.unified import CODE, PATCH, TEXT, SeenImage, UnifiedModel
 
 GUIDANCE = 5.0
 WARM = 2  # steps of a run that are not counted
@@ -108,8 +109,8 @@ def draw(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, Any]
     moved = step_bytes(pair, batch, PROMPT + codes // 2)
     model = pair.engine.model
     parameters = sum(p.numel() for p in step_parameters(model))
-    speed = max(flops(pair.dtype), flops(torch.float32))  # bfloat16 may be the slower of the two
-    floor = max(moved / bandwidth(moved) * 1e3, 2 * parameters * 2 * batch / speed * 1e3)
+    products = 2 * parameters * 2 * batch / flops(pair.dtype)
+    floor = max(moved / bandwidth(moved), products) * 1e3
     code = timed.pop("code")
     row = {"part": "step", **result(timed, memory), "floor": floor}
     row |= {"share": floor / row["unimm"], "agreement": agreement(pair, ids, steps)}
@@ -162,10 +163,15 @@ def answer(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, An
     timed, memory = alternate(turns, rounds, whole=True)
     first = {name: [run[0] for run in runs] for name, runs in timed.items()}
     rest = {name: [statistics.median(run[1:]) for run in runs] for name, runs in timed.items()}
-    return [
-        {"part": "first", **result(first, memory)},
-        {"part": "further", **result(rest, memory)},
-    ]
+    with FlopCounterMode(display=False) as counted:
+        their_words(pair, sample, 1, CACHES[0], ATTENTION[0])
+    moved = step_bytes(pair, 1, len(sample), TEXT)
+    floors = counted.get_total_flops() / flops(pair.dtype), moved / bandwidth(moved)
+    rows: list[dict[str, Any]] = []
+    for part, runs, floor in zip(("first", "further"), (first, rest), floors, strict=True):
+        row = {"part": part, **result(runs, memory), "floor": floor * 1e3}
+        rows.append({**row, "share": row["floor"] / row["unimm"]})
+    return rows
 
 
 MEASURES: dict[str, Callable[[Pair, int, int, int], list[dict[str, Any]]]] = {
@@ -385,19 +391,21 @@ def question(pair: Pair) -> Sample:
     return Sample(ids, kind, none.astype(np.float32), none, [image])
 
 
-def step_parameters(model: UnifiedModel) -> list[Tensor]:
-    """What a step of drawing reads."""
+def step_parameters(model: UnifiedModel, kind: int = CODE) -> list[Tensor]:
+    """What a step of drawing, or of words, reads."""
     stored = model.decoder.state_dict()  # packed weights are no parameters
-    head = model.image_head if model.config.pathway == "decoupled" else model.text_head
+    drawing = kind == CODE and model.config.pathway == "decoupled"
+    head = model.image_head if drawing else model.text_head
     kept = [tensor for name, tensor in stored.items() if not name.startswith("embed_tokens")]
     return [*kept, *head.state_dict().values()]
 
 
-def step_bytes(pair: Pair, batch: int, slots: int) -> int:
-    """Weights, and keys and values of `slots` slots in 2 * batch rows."""
+def step_bytes(pair: Pair, batch: int, slots: int, kind: int = CODE) -> int:
+    """Weights, and keys and values of `slots` slots in a row for each word or two for each code."""
     c = pair.engine.model.config.decoder
-    cached = 2 * batch * slots * 2 * c.layers * c.kv_heads * c.head_dim
-    numbers = cached + sum(p.numel() for p in step_parameters(pair.engine.model))
+    rows = 2 * batch if kind == CODE else batch
+    cached = rows * slots * 2 * c.layers * c.kv_heads * c.head_dim
+    numbers = cached + sum(p.numel() for p in step_parameters(pair.engine.model, kind))
     return numbers * torch.finfo(pair.dtype).bits // 8
 
 

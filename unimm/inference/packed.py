@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from unimm.cpu import halves, intel, multiplies_bfloat16, x86
 from unimm.model.decoder import MLP, Attention, Decoder, KVCache, rotate
 
-LEAST = 4  # rows: of fewer, oneDNN takes a slower way
+# Rows: of fewer, oneDNN takes a slower way where it has AVX-512.
+LEAST = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 LEARNS = "packed layers do not learn: use what unimm.checkpoints.load.load_model gives"
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 PIECE = 1 << 20  # numbers of keys that are made float32 at once, so that they stay in the cache
@@ -100,7 +101,7 @@ class Reordered:
     least = LEAST
 
     def __init__(self, weight: Tensor):
-        self.made, self.dtype = torch.ops.mkldnn._reorder_linear_weight(weight, LEAST), weight.dtype
+        self.made, self.dtype = torch.ops.mkldnn._reorder_linear_weight(weight, 4), weight.dtype
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __len__(self) -> int:
