@@ -197,6 +197,25 @@ def test_without_a_kernel_a_loaded_model_is_packed(pathway, tied, monkeypatch, t
     assert drawn(Engine(loaded.model, processor), Settings(2.0)) == codes
 
 
+@NEEDS_HALVES
+def test_a_model_in_bfloat16_draws_as_its_weights_do_in_float32(monkeypatch, tmp_path):
+    """Where the processor does not multiply that and there is no kernel; saved, it is itself."""
+    monkeypatch.setattr(stepper, "make_kernel", lambda model: None)
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    model, processor = tiny_model(qk_norm=True, attention_bias=True)
+    save_model(tmp_path / "a", model, processor)
+    loaded = UniMM.from_pretrained(tmp_path / "a", device="cpu", dtype="bfloat16")
+    assert isinstance(loaded.model.decoder.layers[0].self_attn.q_proj.packed, packed.Halves)
+    rounded = copy.deepcopy(model).bfloat16().float()
+    for settings in (Settings(2.0), Settings(1.0, temperature=0.0)):
+        assert drawn(loaded.engine, settings) == drawn(by_torch(rounded, processor), settings)
+    loaded.save_pretrained(tmp_path / "b")
+    for name, tensor in load_model(tmp_path / "b")[0].state_dict().items():
+        assert torch.equal(tensor, rounded.state_dict()[name]), name
+    kin = copy.deepcopy(loaded.model)
+    assert drawn(Engine(kin, processor), Settings(2.0)) == drawn(loaded.engine, Settings(2.0))
+
+
 @NEEDS_PACKED
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers_packed_together_are_each_itself(bias):

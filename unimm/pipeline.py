@@ -82,8 +82,9 @@ class UniMM:
         "bfloat16", "float16", "auto" for that of the files, or "int8" for the decoder's linear
         layers (unimm.model.int8), the rest as in the files; the image tokenizer stays in float32.
 
-        Where a CPU has no compiler for the kernel, linear layers are packed for oneDNN and cannot
-        learn (unimm.inference.packed); what `load_model` gives can.
+        Without a compiler for the kernel a CPU's linear layers are packed for oneDNN or FBGEMM, and
+        cannot learn (unimm.inference.packed); what `load_model` gives can. FBGEMM gets bfloat16
+        where the processor does not multiply that, and float16: the rest is float32 then.
         """
         target = pick_device(device)
         place = BUNDLED if source is None else source

@@ -156,8 +156,9 @@ class Kernel:
     def draw(
         self, how: Drawing, cache: KVCache, tries: list[list[int]], rows: list[list[int]],
         seeds: list[int], places: list[int], left: list[int], passes: int,
-    ) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
-        """The next codes of N pictures under way, and guesses of those that follow them.
+    ) -> tuple[list[list[int]], list[list[int]], Tensor]:  # fmt: skip
+        """The next codes of N pictures under way, guesses of those that follow them, and by how
+        much each row of the cache is longer then, (R,).
 
         tries: N windows of one size, each the last code and guesses of those that follow. rows: of
         each picture, its own and that of its unguided prompt; together all of the cache. places: of
@@ -180,7 +181,7 @@ class Kernel:
             made.data_ptr(), chosen.data_ptr(), room, scratch, self.threads,
         )  # fmt: skip
         codes = [line[:n] for line, n in zip(chosen.tolist(), made.tolist(), strict=True)]
-        return codes, guess[:, 1:].tolist()
+        return codes, guess[:, 1:].tolist(), length - cache.length
 
     def drawing(
         self, table: Tensor, first: nn.Module, last: nn.Module, guidance: float, temperature: float

@@ -149,12 +149,9 @@ class Stepper:
             head, sampling = model.image_head, (guidance, temperature)
             how = kernel.drawing(self.table(), head.proj, head.out, *sampling)
             self._drawings[sampling] = how
-        found = kernel.draw(how, cache, tries, rows, seeds, places, left, passes)
-        counts = torch.empty_like(cache.length)
-        for own, codes in zip(rows, found[0], strict=True):
-            counts[own] = len(codes)
-        cache.advance(counts)
-        return found
+        codes, guesses, longer = kernel.draw(how, cache, tries, rows, seeds, places, left, passes)
+        cache.advance(longer)
+        return codes, guesses
 
     def choose(
         self, logits: Tensor, other: Tensor | None, guidance: float, seeds: list[int],
