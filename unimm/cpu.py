@@ -21,7 +21,6 @@ def x86() -> bool:
     return platform.machine() in ("x86_64", "AMD64")
 
 
-@lru_cache(1)
 def multiplies_bfloat16() -> bool:
     """Whether it has instructions for products of bfloat16.
 

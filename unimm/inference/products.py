@@ -57,7 +57,7 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def by_float32(*factors: Tensor) -> bool:
     """Whether these are in bfloat16, and faster by way of float32."""
-    return not multiplies_bfloat16() and plain(torch.bfloat16, *factors)
+    return plain(torch.bfloat16, *factors) and not multiplies_bfloat16()
 
 
 def plain(dtype: torch.dtype, *factors: Tensor) -> bool:
