@@ -151,6 +151,16 @@ def test_hidden_states_of_packed_layers(form, shape, intel, monkeypatch):
             assert off < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
 
 
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("x86", [False, True])
+def test_an_older_torch_knows_x86_alone(known, x86, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: known)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu, "x86", lambda: x86)
+    assert cpu.multiplies_bfloat16() == (known or not x86)
+
+
 @NEEDS_HALVES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e-6, 0.02, 3e4])

@@ -26,8 +26,9 @@ def multiplies_bfloat16() -> bool:
 
     One without them takes up to ten times as long for these as for float32's.
     """
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot say
-        return True
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch can say it of x86 alone
+        known_of_x86 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return known_of_x86 or not x86()
     known = torch.cpu.get_capabilities()
     return any(bool(known.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 

@@ -129,16 +129,9 @@ def picture(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, A
         processor.pixels([answer.codes for answer in answers], pair.dtype)
         return [time.perf_counter() - start]
 
-    def theirs(cache: str, attention: str) -> list[float]:
+    def theirs(drawn: Callable[..., Tensor], *how: str) -> list[float]:
         start = time.perf_counter()
-        codes = their_codes(pair, ids, count, cache, attention)
-        with torch.inference_mode():
-            pair.theirs.decode_image_tokens(codes)
-        return [time.perf_counter() - start]
-
-    def deepseeks() -> list[float]:
-        start = time.perf_counter()
-        codes = deepseek_codes(pair, ids, count)
+        codes = drawn(pair, ids, count, *how)
         with torch.inference_mode():
             pair.theirs.decode_image_tokens(codes)
         return [time.perf_counter() - start]
@@ -146,8 +139,8 @@ def picture(pair: Pair, batch: int, rounds: int, steps: int) -> list[dict[str, A
     turns: dict[str, Callable[[], list[float]]] = {"unimm": ours}
     for cache in CACHES:
         for attention in ATTENTION:
-            turns[f"{cache}, {attention}"] = partial(theirs, cache, attention)
-    turns["deepseek"] = deepseeks
+            turns[f"{cache}, {attention}"] = partial(theirs, their_codes, cache, attention)
+    turns["deepseek"] = partial(theirs, deepseek_codes)
     return [result(*alternate(turns, rounds))]
 
 
@@ -276,11 +269,9 @@ def deepseek_codes(
             out = model.model.language_model(inputs_embeds=x, use_cache=True, **cache)
             logits = model.model.generation_head(out.last_hidden_state[:, -1])
             logits = guide(logits[0::2], logits[1::2], GUIDANCE)
-            drawn = torch.multinomial(logits.softmax(-1), 1)[:, 0]
-            found.append(logits.argmax(-1) if greedy else drawn)
-            x = model.prepare_embeddings_for_image_generation(
-                found[-1].repeat_interleave(2)[:, None]
-            )
+            codes = logits.argmax(-1) if greedy else logits.softmax(-1).multinomial(1)[:, 0]
+            found.append(codes)
+            x = model.prepare_embeddings_for_image_generation(codes.repeat_interleave(2)[:, None])
             if clock:
                 clock(ids, logits)
     return torch.stack(found, 1)

@@ -22,7 +22,8 @@ from unimm.cpu import halves, intel, multiplies_bfloat16, x86
 from unimm.model.decoder import MLP, Attention, Decoder, KVCache, rotate
 
 # Rows: of fewer, oneDNN takes a slower way where it has AVX-512.
-LEAST = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
+FEW = 4  # rows, for which oneDNN chooses its order
+LEAST = FEW if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 LEARNS = "packed layers do not learn: use what unimm.checkpoints.load.load_model gives"
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 PIECE = 1 << 20  # numbers of keys that are made float32 at once, so that they stay in the cache
@@ -101,7 +102,8 @@ class Reordered:
     least = LEAST
 
     def __init__(self, weight: Tensor):
-        self.made, self.dtype = torch.ops.mkldnn._reorder_linear_weight(weight, 4), weight.dtype
+        self.dtype = weight.dtype
+        self.made = torch.ops.mkldnn._reorder_linear_weight(weight, FEW)
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __len__(self) -> int:
@@ -126,7 +128,7 @@ class Halves:
 
     def __init__(self, weight: Tensor):
         most = float(weight.abs().max()) if weight.numel() else 0.0
-        scale = 2.0 ** (14 - math.frexp(most)[1])  # the largest is in 2^13 ... 2^14
+        scale = 2.0 ** min(14 - math.frexp(most)[1], 100)  # the largest is in 2^13 ... 2^14
         self.rows, self.back = len(weight), torch.tensor(1 / scale)
         self.made = torch.ops.quantized.linear_prepack_fp16(weight.float() * scale, None)
         by_fbgemm = torch.ops.quantized.linear_dynamic_fp16.default

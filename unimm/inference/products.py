@@ -38,7 +38,7 @@ class ManyRows(TorchFunctionMode):
                 return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             if by_float32(x, weight):
                 return func(*(part if part is None else part.float() for part in args)).to(x.dtype)
-        if func is F.scaled_dot_product_attention and by_float32(*args):
+        if func is F.scaled_dot_product_attention and len(args) == 3 and by_float32(*args):
             mask = (kwargs or {}).get("attn_mask")
             own = {} if mask is None or mask.dtype == torch.bool else {"attn_mask": mask.float()}
             wide = func(*(part.float() for part in args), **{**(kwargs or {}), **own})

@@ -117,7 +117,7 @@ class Stepper:
     def fill(self, x: Tensor, cache: KVCache, last: bool = False) -> Tensor:
         """`forward` for prompts x (R, T, D), which may be long -> (R, T, D); last: (R, 1, D)."""
         rows, new, _ = x.shape
-        if self.kernel is not None and not self.few(rows * new):
+        if not self.few(rows * new):
             return self.model.decoder(x, cache.slots(new), cache=cache, last=last)
         hidden = self.forward(x.flatten(0, 1), cache, new).view(x.shape).to(x.dtype)
         return hidden[:, -1:] if last else hidden
