@@ -67,10 +67,10 @@ def flops(dtype: torch.dtype) -> float:
     return 2 * 1024**3 / min(best_of(partial(torch.matmul, a, a)) for a in factors)
 
 
-def best_of(work: Callable[[], Any], times: int = 7) -> float:
-    """Least seconds of several runs."""
-    found = []
-    for _ in range(times):
+def best_of(work: Callable[[], Any], times: int = 7, least: float = 0.3) -> float:
+    """Least seconds of several runs, and of as many as fill `least` seconds: others may disturb."""
+    found: list[float] = []
+    while len(found) < times or sum(found) < least:
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)
